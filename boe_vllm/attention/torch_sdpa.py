@@ -1,0 +1,204 @@
+"""Attention on the CPU: PyTorch's fused kernel forward, explicit matrix products backward.
+
+Each sequence has calls of its own, never a padded batch, and neighbours are never merged: the
+shapes that a kernel sees, and with them the order of its sums, depend on that sequence alone. A
+sequence's result is therefore the same, to the last bit, alone and in any batch.
+
+The backward works on active queries only. Per sequence with `a` active rows:
+
+    P = softmax(scale q kᵀ)    dv = P[:, :a]ᵀ do
+    dP = do vᵀ                 dS = P * (dP - rowsum(P * dP))
+    dq = scale dS k            dk = scale dS[:, :a]ᵀ q
+
+which is 3 products of `a × S` and 2 of `a × a` against 5 of `S × S` in the dense backward.
+Shape suffixes: see `layout`; in addition `a` active rows of one sequence, `N` = `A * G` query rows
+by key head, `R` the rows of `N` in a tile.
+
+Numbers: float32 and float64 are computed as they are. bfloat16 is widened to float32 sequence by
+sequence in the backward, so that products, softmax and sums are float32 and only the results are
+rounded; the forward kernel sums in float32 as well.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from boe_vllm.attention.layout import AttentionLayout
+
+DEFAULT_TILE_BYTES = 4 * 2**20
+"""Temporaries of the backward per thread: two `[heads, rows, keys]` tiles that stay in cache."""
+
+
+def forward(
+    q_THD: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    *,
+    layout: AttentionLayout,
+    scale: float,
+) -> torch.Tensor:
+    """Plain attention of every packed sequence; `[T, H, D]`, contiguous, in q's dtype."""
+    o_THD = q_THD.new_empty(q_THD.shape)
+    grouped = q_THD.shape[1] != k_SHD.shape[1]
+    for i in range(layout.num_sequences):
+        if not layout.q_seqlens[i]:
+            continue
+        rows = slice(layout.q_starts[i], layout.q_starts[i + 1])
+        keys = slice(layout.kv_starts[i], layout.kv_starts[i + 1])
+        o_1HLD = F.scaled_dot_product_attention(
+            q_THD[rows].transpose(0, 1).unsqueeze(0),
+            k_SHD[keys].transpose(0, 1).unsqueeze(0),
+            v_SHD[keys].transpose(0, 1).unsqueeze(0),
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        o_THD[rows] = o_1HLD[0].transpose(0, 1)
+    return o_THD
+
+
+def forward_with_lse(
+    q_THD: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    *,
+    layout: AttentionLayout,
+    scale: float,
+) -> tuple[torch.Tensor, None]:
+    """`forward`, and no lse: to recompute the softmax takes no longer than to apply an lse."""
+    return forward(q_THD, k_SHD, v_SHD, layout=layout, scale=scale), None
+
+
+@torch.no_grad()
+def backward(
+    do_AHD: torch.Tensor,
+    q_AHD: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    *,
+    layout: AttentionLayout,
+    scale: float,
+    o_AHD: torch.Tensor | None = None,
+    lse_AH: torch.Tensor | None = None,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the active rows' q, k and v.
+
+    Args:
+        o_AHD, lse_AH: not used; both are cheaper to recompute, and exact in bfloat16 too.
+        tile_bytes: most bytes of temporaries per thread (one row of one key head at the least).
+            Heads and rows are tiled to fit; it changes results by rounding at most.
+
+    Returns:
+        dq `[A, H, D]`, dk `[A, K, D]`, dv `[A, K, D]`, contiguous, in q's dtype.
+    """
+    heads, width = k_SHD.shape[1:]
+    group = q_AHD.shape[1] // heads
+    dtype = torch.promote_types(q_AHD.dtype, torch.float32)
+    dq_AHD = q_AHD.new_empty(q_AHD.shape)
+    dk_AHD = q_AHD.new_empty((layout.num_active, heads, width))
+    dv_AHD = torch.empty_like(dk_AHD)
+    # A group's query heads are more rows against the same keys: the sum over the group, which the
+    # gradients of k and v need, becomes part of the matrix product.
+    q_KND = _by_key_head(q_AHD, heads, dtype)
+    do_KND = _by_key_head(do_AHD, heads, dtype)
+    in_place = group == 1 and dtype == q_AHD.dtype
+    dq_KND = dq_AHD.transpose(0, 1) if in_place else torch.empty_like(q_KND)
+    k_KSD, v_KSD = k_SHD.transpose(0, 1), v_SHD.transpose(0, 1)
+    dk_KAD, dv_KAD = dk_AHD.transpose(0, 1), dv_AHD.transpose(0, 1)
+
+    tiles = [
+        _tile_shape(a, s, heads=heads, group=group, itemsize=dtype.itemsize, tile_bytes=tile_bytes)
+        for a, s in zip(layout.active_seqlens, layout.kv_seqlens, strict=True)
+    ]
+    sizes = [h * r * group * s for (h, r), s in zip(tiles, layout.kv_seqlens, strict=True)]
+    # One pair of buffers for all tiles: fresh memory for each would cost more in page faults than
+    # the softmax does in arithmetic.
+    buffers = q_AHD.new_empty((2, max(sizes, default=0)), dtype=dtype).unbind()
+    for i, (tile_heads, tile_rows) in enumerate(tiles):
+        if not layout.active_seqlens[i]:
+            continue
+        first, last = layout.active_starts[i], layout.active_starts[i + 1]
+        a, n = slice(first, last), slice(first * group, last * group)
+        s = slice(layout.kv_starts[i], layout.kv_starts[i + 1])
+        for head in range(0, heads, tile_heads):
+            h = slice(head, head + tile_heads)
+            _backward_heads(
+                do_KND[h, n],
+                q_KND[h, n],
+                k_KSD[h, s].to(dtype),
+                v_KSD[h, s].to(dtype),
+                dq_KND[h, n],
+                dk_KAD[h, a],
+                dv_KAD[h, a],
+                buffers,
+                scale=scale,
+                tile_rows=tile_rows * group,
+            )
+    if not in_place:
+        dq_AKGD = dq_KND.unflatten(1, (layout.num_active, group)).transpose(0, 1)
+        dq_AHD.unflatten(1, (heads, group)).copy_(dq_AKGD)
+    return dq_AHD, dk_AHD, dv_AHD
+
+
+def _backward_heads(
+    do_KND: torch.Tensor,
+    q_KND: torch.Tensor,
+    k_KSD: torch.Tensor,
+    v_KSD: torch.Tensor,
+    dq_KND: torch.Tensor,
+    dk_KaD: torch.Tensor,
+    dv_KaD: torch.Tensor,
+    buffers: tuple[torch.Tensor, ...],
+    *,
+    scale: float,
+    tile_rows: int,
+) -> None:
+    """The backward of some heads of one sequence, `tile_rows` rows at a time, into dq, dk, dv."""
+    heads, active = dk_KaD.shape[:2]
+    num_rows, num_keys = q_KND.shape[1], k_KSD.shape[1]
+    kT_KDS, vT_KDS = k_KSD.transpose(1, 2), v_KSD.transpose(1, 2)
+    dk_sum = dv_sum = None
+    for start in range(0, num_rows, tile_rows):
+        rows = min(tile_rows, num_rows - start)
+        q_KRD = q_KND.narrow(1, start, rows)
+        do_KRD = do_KND.narrow(1, start, rows)
+        s_KRS, p_KRS = (b[: heads * rows * num_keys].view(heads, rows, num_keys) for b in buffers)
+        torch.baddbmm(s_KRS, q_KRD, kT_KDS, beta=0, alpha=scale, out=s_KRS)
+        torch.softmax(s_KRS, dim=-1, out=p_KRS)
+        dv_part = torch.bmm(p_KRS.narrow(2, 0, active).transpose(1, 2), do_KRD)
+        ds_KRS = torch.bmm(do_KRD, vT_KDS, out=s_KRS).mul_(p_KRS)
+        ds_KRS.addcmul_(p_KRS, ds_KRS.sum(dim=-1, keepdim=True), value=-1)
+        dq_KND.narrow(1, start, rows).copy_(_scaled_bmm(ds_KRS, k_KSD, scale))
+        dk_part = _scaled_bmm(ds_KRS.narrow(2, 0, active).transpose(1, 2), q_KRD, scale)
+        dk_sum = dk_part if dk_sum is None else dk_sum.add_(dk_part)
+        dv_sum = dv_part if dv_sum is None else dv_sum.add_(dv_part)
+    assert dk_sum is not None and dv_sum is not None, "a sequence without active rows got here"
+    dk_KaD.copy_(dk_sum)
+    dv_KaD.copy_(dv_sum)
+
+
+def _by_key_head(x_AHD: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[K, A * G, D]` in `dtype`: a view where possible, a copy for `G > 1` or another dtype."""
+    return x_AHD.to(dtype).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * a @ b`: the product applies the factor for free, and beta=0 ignores `out`."""
+    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _tile_shape(
+    active: int, num_keys: int, *, heads: int, group: int, itemsize: int, tile_bytes: int
+) -> tuple[int, int]:
+    """Key heads and active rows per tile.
+
+    Rows are split only where one head alone does not fit, into equal parts; the split, which
+    decides the order in which dk and dv are summed, does not depend on the number of threads.
+    """
+    if not active:
+        return 0, 0
+    row_bytes = 2 * group * num_keys * itemsize
+    rows = min(active, max(1, tile_bytes // row_bytes))
+    rows = -(-active // -(-active // rows))
+    budget = tile_bytes * torch.get_num_threads()
+    return min(heads, max(1, budget // (rows * row_bytes))), rows

@@ -1,0 +1,1 @@
+"""The diffusion engine: canvases, the denoising loop, and its place in vLLM."""

@@ -1,0 +1,215 @@
+"""The denoising loop: one step of every running request in shared, packed passes.
+
+request -> canvas -> rows -> denoiser -> prediction -> policy (-> steering) -> commit -> result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from boe_vllm.engine.canvas import Canvas, RequestParams, TokenLogprobs
+from boe_vllm.models.llada import LLaDAForDiffusion
+from boe_vllm.policies.base import Commit, View
+from boe_vllm.prediction import (
+    DEFAULT_BUDGET_BYTES,
+    LogProbabilities,
+    RowStatistics,
+    RowWrites,
+    read_statistics,
+)
+from boe_vllm.rows import SequenceRows, pack
+from boe_vllm.steering.answers import answer
+from boe_vllm.steering.step import DenoisingPass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one denoising step gave one request."""
+
+    tokens: list[int]
+    """Tokens that may be sent now; often none."""
+    logprobs: list[TokenLogprobs] | None
+    """One per token, if the request asked."""
+    done: bool
+    """The whole canvas is committed."""
+    report: dict[str, Any] | None
+    """Cost and trace so far; present whenever the request may end with this step."""
+    error: str | None = None
+    """Why the request cannot go on."""
+
+
+class DenoisingLoop:
+    """Holds the canvases of the running requests and steps them together."""
+
+    def __init__(
+        self,
+        model: LLaDAForDiffusion,
+        *,
+        mask_token_id: int,
+        eos_token_id: int,
+        late_tokens: frozenset[int],
+        device: torch.device,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: the network.
+            mask_token_id: id of the mask token.
+            eos_token_id: id of EOS, for `logits_eos_inf`.
+            late_tokens: EOS and EoT, for `confidence_eos_eot_inf`.
+            device: where the model lives.
+            budget_bytes: largest temporary of rows x vocabulary.
+        """
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.eos_token_id = eos_token_id
+        self.late_tokens = late_tokens
+        self.device = device
+        self.budget_bytes = budget_bytes
+        self.canvases: dict[str, Canvas] = {}
+
+    def add(self, request_id: str, prompt: list[int], params: RequestParams) -> None:
+        """Open a canvas for a request."""
+        self.canvases[request_id] = Canvas(
+            prompt,
+            params,
+            mask_token_id=self.mask_token_id,
+            vocab_size=self.model.vocab_size,
+            late_tokens=self.late_tokens,
+        )
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored, since vLLM reports a finish only once."""
+        self.canvases.pop(request_id, None)
+
+    @torch.no_grad()
+    def step(self, request_ids: Sequence[str]) -> dict[str, StepResult]:
+        """One denoising step of the given requests."""
+        results = {r: self._result(self.canvases[r]) for r in request_ids if self.canvases[r].done}
+        running = [r for r in request_ids if r not in results]
+        if not running:
+            return results
+        canvases = [self.canvases[r] for r in running]
+        current, statistics = self._predict(canvases)
+        views, errors = self._views(canvases, current, statistics)
+        commits = self._decide(canvases, current, views, errors)
+        for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
+            commit, view = commits.get(n), views.get(n)
+            if commit is not None and view is not None:
+                try:
+                    canvas.apply(commit, view, _logit_rows(current, n), statistics)
+                except ValueError as error:
+                    errors[n] = str(error)
+            results[request_id] = self._result(canvas, errors.get(n))
+        return results
+
+    # ---- stages --------------------------------------------------------------------------------
+
+    def _predict(self, canvases: Sequence[Canvas]) -> tuple[DenoisingPass, RowStatistics]:
+        """The step's own forward and the statistics of every writable position."""
+        sequences = tuple(
+            SequenceRows(
+                tokens=canvas.tokens,
+                logit_positions=canvas.writable(),
+                keep=canvas.policy.needs().rows,
+            )
+            for canvas in canvases
+        )
+        layout = pack(sequences, self.device)
+        hidden, tape = self.model.run(self.model.embed(layout.tokens), layout)
+        counts = layout.logit_lens
+        log_probs = LogProbabilities(
+            self.model,
+            hidden,
+            mask_token_id=self.mask_token_id,
+            eos_token_id=self.eos_token_id,
+            forbidden=np.repeat([c.config.frame.logits_eos_inf for c in canvases], counts),
+            budget_bytes=self.budget_bytes,
+        )
+        writes = RowWrites(
+            temperature=np.repeat([c.params.temperature for c in canvases], counts),
+            uniform=np.concatenate(
+                [c.uniforms(s.logit_positions) for c, s in zip(canvases, sequences, strict=True)]
+            ),
+            top_logprobs=max(c.params.logprobs * max(1, c.params.top_logprobs) for c in canvases),
+        )
+        statistics = read_statistics(log_probs, writes, keep=tape is not None)
+        for canvas, live in zip(canvases, layout.live_lens, strict=True):
+            canvas.account.forwards += 1
+            canvas.account.rows_forward += live
+        current = DenoisingPass(
+            model=self.model, sequences=sequences, layout=layout, log_probs=log_probs, tape=tape
+        )
+        return current, statistics
+
+    def _views(
+        self, canvases: Sequence[Canvas], current: DenoisingPass, statistics: RowStatistics
+    ) -> tuple[dict[int, View], dict[int, str]]:
+        """The view of every request whose logits are finite, and an error for the others."""
+        views, errors = {}, {}
+        for n, canvas in enumerate(canvases):
+            rows = _logit_rows(current, n)
+            if statistics.finite[rows].all():
+                positions = current.sequences[n].logit_positions
+                views[n] = canvas.view(positions, rows, statistics)
+            else:
+                errors[n] = (
+                    f"the model's logits are not finite in denoising step "
+                    f"{canvas.account.denoising_steps}; check the checkpoint and the dtype"
+                )
+        return views, errors
+
+    def _decide(
+        self,
+        canvases: Sequence[Canvas],
+        current: DenoisingPass,
+        views: dict[int, View],
+        errors: dict[int, str],
+    ) -> dict[int, Commit]:
+        """Run the policies' steps side by side; their asks are answered round by round."""
+        steps = {n: canvases[n].policy.step(view) for n, view in views.items()}
+        replies: dict[int, Any] = dict.fromkeys(steps)
+        commits: dict[int, Commit] = {}
+        while replies:
+            asks = {}
+            for n, reply in replies.items():
+                try:
+                    asks[n] = steps[n].send(reply)
+                except StopIteration as stop:
+                    commits[n] = stop.value
+                except Exception as error:  # one request's policy may not take the others down
+                    logger.exception("policy %s failed", canvases[n].policy.name)
+                    errors[n] = f"policy {canvases[n].policy.name!r} failed: {error}"
+            replies = {}
+            for n, given in answer(current, asks).items():
+                account = canvases[n].account
+                account.forwards += given.forwards
+                account.backwards += given.backwards
+                account.rows_forward += given.rows_forward
+                account.rows_backward += given.rows_backward
+                replies[n] = given.value
+        return commits
+
+    def _result(self, canvas: Canvas, error: str | None = None) -> StepResult:
+        tokens = [] if error else canvas.emit()
+        return StepResult(
+            tokens=tokens,
+            logprobs=canvas.emitted_logprobs(len(tokens)) if canvas.params.logprobs else None,
+            done=canvas.done,
+            report=canvas.report() if tokens or error or canvas.done else None,
+            error=error,
+        )
+
+
+def _logit_rows(current: DenoisingPass, sequence: int) -> slice:
+    start = current.layout.logit_starts[sequence]
+    return slice(start, start + current.layout.logit_lens[sequence])

@@ -1,0 +1,278 @@
+"""The few vLLM callables that this plugin wraps.
+
+vLLM has no extension point for three things: engine arguments of our own, a request's check
+against its prompt, and refusing a bad streaming request before the stream has begun. Each wrapper
+here adds one of them and otherwise passes everything through. `patches/` holds the same changes as
+diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from boe_vllm.post_import import when_imported
+
+ARCHITECTURE = "LLaDAModelLM"
+OLDEST, NEWEST_EXCLUDED, TESTED = (0, 32), (0, 34), "0.32"
+ALLOW_UNTESTED = "BOE_VLLM_ALLOW_UNTESTED"
+FLAGS = ("sampler", "sampler_config")
+_WRAPPED = "_boe_vllm_wrapped"
+
+
+class SamplerName(str):
+    """The value of `--sampler`.
+
+    A type of its own so that an API server process, which vLLM spawns with the parsed arguments
+    pickled, imports this package (and with it these hooks) before it reads them.
+    """
+
+    __slots__ = ()
+
+
+def install() -> None:
+    """Wrap what is imported already now, and the rest as soon as it is. Safe to call again."""
+    when_imported("vllm.engine.arg_utils", _wrap_engine_args)
+    when_imported("vllm.v1.engine.input_processor", _wrap_input_processor)
+    when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
+
+
+def vllm_version() -> str:
+    from vllm.version import __version__
+
+    return __version__
+
+
+def check_version() -> None:
+    """Raise RuntimeError unless this vLLM is one that the plugin was made for."""
+    version = vllm_version()
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if OLDEST <= release < NEWEST_EXCLUDED or os.environ.get(ALLOW_UNTESTED) == "1":
+        return
+    raise RuntimeError(
+        f"boe-vllm: expected vLLM {'.'.join(map(str, OLDEST))} or later, before "
+        f"{'.'.join(map(str, NEWEST_EXCLUDED))} (tested with {TESTED}), got vLLM {version}; "
+        f"install such a vLLM, or set {ALLOW_UNTESTED}=1 to try this one"
+    )
+
+
+def with_sampler(
+    additional_config: Mapping[str, Any] | None,
+    sampler: str | None,
+    sampler_config: Mapping[str, Any] | str | None,
+) -> dict[str, Any]:
+    """`additional_config` plus the two settings, which is where the engine looks for them.
+
+    Raises:
+        ValueError: for a `sampler_config` that is no JSON object, or a setting that is given both
+            by its own name and in `additional_config`, with different values.
+    """
+    merged = dict(additional_config or {})
+    if isinstance(sampler_config, str):
+        sampler_config = json_object(sampler_config)
+    for name, value in zip(FLAGS, (sampler, sampler_config), strict=True):
+        if value is None:
+            continue
+        value = str(value) if isinstance(value, str) else value
+        if merged.get(name, value) != value:
+            raise ValueError(
+                f"{name}: given twice, as {value!r} and in additional_config as "
+                f"{merged[name]!r}; remove one of them"
+            )
+        merged[name] = value
+    return merged
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse the value of `--sampler-config`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        value = error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"sampler_config: expected a JSON object such as '{{\"rho\": 0.25}}', got {text!r}; "
+            f"quote it as one argument"
+        )
+    return value
+
+
+def _wrap_engine_args(module: ModuleType) -> None:
+    check_version()
+    engine_args = module.EngineArgs
+    if "sampler" in engine_args.__dataclass_fields__:
+        return  # this vLLM has the flag itself
+    for cls in (engine_args, module.AsyncEngineArgs):
+        _wrap(cls, "__init__", {"model", "additional_config"}, _init)
+    _wrap(engine_args, "add_cli_args", {"parser"}, _add_cli_args)
+    _wrap(engine_args, "from_cli_args", {"cls", "args"}, _from_cli_args)
+    _wrap(engine_args, "create_engine_config", {"self", "usage_context"}, _create_engine_config)
+
+
+def _wrap_input_processor(module: ModuleType) -> None:
+    check_version()
+    if _asks_the_model():
+        return
+    expected = {"request_id", "prompt", "params", "resumable"}
+    _wrap(module.InputProcessor, "process_inputs", expected, _process_inputs)
+
+
+def _wrap_async_llm(module: ModuleType) -> None:
+    check_version()
+    if _asks_the_model():
+        return
+    expected = {"prompt", "sampling_params", "request_id"}
+    _wrap(module.AsyncLLM, "generate", expected, _generate)
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(
+        self: Any, *args: Any, sampler: Any = None, sampler_config: Any = None, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+        if sampler is not None or sampler_config is not None:
+            self.additional_config = with_sampler(self.additional_config, sampler, sampler_config)
+
+    return __init__
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="boe-vllm", description="How a masked diffusion model chooses what to write."
+        )
+        group.add_argument(
+            "--sampler",
+            type=SamplerName,
+            metavar="NAME",
+            default=None,
+            help="Unmasking policy for requests that name none, such as boe or confidence.",
+        )
+        group.add_argument(
+            "--sampler-config",
+            type=_json_argument,
+            metavar="JSON",
+            default=None,
+            help="Its settings as a JSON object, for example '{\"rho\": 0.25}'.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _json_argument(text: str) -> dict[str, Any]:
+    try:
+        return json_object(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        given = [getattr(args, name, None) for name in FLAGS]
+        if given != [None, None]:
+            engine_args.additional_config = with_sampler(engine_args.additional_config, *given)
+        return engine_args
+
+    return from_cli_args
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked_for = [name for name in FLAGS if name in self.additional_config]
+        if asked_for:
+            from boe_vllm.engine.admission import parse_server_config
+
+            parse_server_config(self.additional_config)  # fail before any file of the model is read
+        config = original(self, *args, **kwargs)
+        if asked_for and not _is_ours(config):
+            raise ValueError(
+                f"{asked_for[0]}: expected a masked diffusion model ({ARCHITECTURE}), got "
+                f"{config.model_config.architecture} ({self.model}); remove the setting or serve "
+                f"a LLaDA checkpoint"
+            )
+        return config
+
+    return create_engine_config
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if _is_ours(self.vllm_config):
+            from boe_vllm.engine.admission import admit_request
+
+            admit_request(request, self.vllm_config)
+        return request
+
+    return process_inputs
+
+
+def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function around the async generator, so that a bad request fails when it is made:
+    the HTTP server can still answer 400, where inside the generator a stream would have begun."""
+
+    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(self.vllm_config):
+            from boe_vllm.engine.admission import check_early
+
+            check_early(prompt, sampling_params, self.vllm_config)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
+def _asks_the_model() -> bool:
+    """Whether this vLLM asks a model's config hook about requests itself."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    return hasattr(VerifyAndUpdateConfig, "admit_request")
+
+
+def _is_ours(vllm_config: Any) -> bool:
+    model_config = vllm_config.model_config
+    return model_config is not None and model_config.architecture == ARCHITECTURE
+
+
+def _wrap(
+    owner: type,
+    name: str,
+    expected: set[str],
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Replace `owner.name` by `make` of it, once.
+
+    Raises:
+        RuntimeError: when it does not exist or lacks one of the `expected` parameters.
+    """
+    where = f"{owner.__module__}.{owner.__qualname__}.{name}"
+    found = inspect.getattr_static(owner, name, None)
+    function = getattr(found, "__func__", found)  # of a static or class method
+    if getattr(function, _WRAPPED, False):
+        return
+    if not inspect.isfunction(function):
+        raise RuntimeError(_unexpected(where, "a function", repr(found)))
+    parameters = set(inspect.signature(function).parameters)
+    if not expected <= parameters:
+        raise RuntimeError(_unexpected(where, f"parameters {sorted(expected)}", str(parameters)))
+    wrapped = functools.wraps(function)(make(function))
+    setattr(wrapped, _WRAPPED, True)
+    method_type = type(found)
+    setattr(owner, name, wrapped if method_type is type(function) else method_type(wrapped))
+
+
+def _unexpected(where: str, expected: str, got: str) -> str:
+    return (
+        f"boe-vllm cannot hook into vLLM {vllm_version()}: expected {where} with {expected}, "
+        f"got {got}; install vLLM {TESTED}"
+    )

@@ -1,0 +1,85 @@
+"""The differentiable pieces of LLaDA's block, each with its explicit backward.
+
+Weights are frozen, so a backward returns gradients of inputs only. Normalisation, rotation and the
+activation are computed in float32, or in float64 for float64 inputs, as LLaDA's own code does.
+
+Legend: `N` rows, `D` width, `H` heads, `P` size of a head, `F` width of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def accurate(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def matmul_rows(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
+    """`x @ weight`, [N, E]: each row's result is the same whatever the other rows are.
+
+    On CPU, BLAS picks other kernels, with another order of summation, when a thread gets fewer
+    than four rows; a product of few rows is therefore filled up with zero rows. On CUDA this is
+    what vLLM's batch-invariant mode is for, which replaces `mm` itself.
+    """
+    rows = x_ND.shape[0]
+    least = 8 * torch.get_num_threads()
+    if x_ND.device.type != "cpu" or rows >= least:
+        return x_ND @ weight_DE
+    return (F.pad(x_ND, (0, 0, 0, least - rows)) @ weight_DE)[:rows]
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`x / rms(x) * weight`, [N, D] in the dtype of `x`."""
+    x = accurate(x_ND)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * scale).to(x_ND.dtype) * weight_D
+
+
+def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Gradient of `rms_norm` with respect to `x`, [N, D]."""
+    x = accurate(x_ND)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normed = x * scale
+    dnormed = accurate(dy_ND) * accurate(weight_D)
+    return (scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))).to(dy_ND.dtype)
+
+
+def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of the rotary angles, [2, N, 1, P/2] in float32 (float64 for float64)."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, head_size, 2, device=positions_N.device, dtype=exact) / head_size
+    angles = positions_N.to(exact)[:, None] / theta**exponent
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None, :]
+
+
+def rotate(x_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
+    """Rotary embedding, halves layout (first half with second half), [N, H, P]."""
+    first, second = accurate(x_NHP).chunk(2, dim=-1)
+    cos, sin = tables_2N1p
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_NHP.dtype)
+
+
+def rotate_backward(dy_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
+    """Gradient of `rotate`: the rotation by the opposite angle."""
+    return rotate(dy_NHP, torch.stack([tables_2N1p[0], -tables_2N1p[1]]))
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """`silu(gate) * up`, [N, F], of the two halves."""
+    gate, up = gate_up_N2F.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
+    """Gradient of `swiglu`, [N, 2F]."""
+    gate, up = (accurate(half) for half in gate_up_N2F.chunk(2, dim=-1))
+    dy = accurate(dy_NF)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat([dgate, dy * silu], -1).to(dy_NF.dtype)

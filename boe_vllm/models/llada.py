@@ -1,0 +1,315 @@
+"""LLaDA's network on packed rows, with a backward that only the kept rows pass through.
+
+Attention is bidirectional, so a pass works on a `RowLayout`: any rows of any sequences. Kept rows
+leave behind what the backward needs; the other rows leave only their keys and values. The backward
+is explicit: no autograd graph, no weight gradients, and it runs under inference mode.
+
+Built from vLLM's parallel layers. Under tensor parallelism heads and MLP columns are split;
+gradients that enter column-parallel layers are all-reduced.
+
+Legend: `T` packed live rows, `K` packed kept rows, `R` logit rows, `S` rows of keys and values,
+`D` width, `H`/`G` heads of queries/keys on this rank, `P` size of a head, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from boe_vllm.attention import attention_backward, attention_forward
+from boe_vllm.models import weights
+from boe_vllm.models.config import LLaDAConfig
+from boe_vllm.models.functional import (
+    matmul_rows,
+    rms_norm,
+    rms_norm_backward,
+    rotary_tables,
+    rotate,
+    rotate_backward,
+    swiglu,
+    swiglu_backward,
+)
+from boe_vllm.rows import RowLayout
+
+Tensor = torch.Tensor
+
+
+class FrozenLinearMethod(UnquantizedLinearMethod):
+    """vLLM's unquantised linear method, keeping the weight as it is for the backward."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keep the weight: vLLM's CPU path packs it away and drops the original."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T`, row by row independent of the batch."""
+        return matmul_rows(x, layer.weight.t())
+
+
+class FrozenEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """As `FrozenLinearMethod`, for embeddings and the output head."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keep the weight."""
+
+
+@dataclasses.dataclass(slots=True)
+class LayerTape:
+    """What one block's backward needs."""
+
+    before_KD: Tensor
+    after_attention_KD: Tensor
+    queries_KHP: Tensor
+    gate_up_K2F: Tensor
+    keys_SGP: Tensor
+    values_SGP: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Tape:
+    """What the backward of one pass needs, layer by layer."""
+
+    layout: RowLayout
+    rotary_2K1p: Tensor
+    layers: list[LayerTape]
+    final_KD: Tensor | None = None
+
+
+class KeyValueContext:
+    """Where a pass finds keys and values: by default only the live rows' own."""
+
+    def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows, [S, G, P] each, given those of the live rows."""
+        return keys_TGP, values_TGP
+
+
+class LLaDABlock(nn.Module):
+    """Pre-norm attention and SwiGLU, no biases."""
+
+    def __init__(self, config: LLaDAConfig, prefix: str) -> None:
+        super().__init__()
+        width = config.d_model
+        self.head_size = width // config.n_heads
+        self.eps = config.rms_norm_eps
+        self.scale = self.head_size**-0.5
+        self.attn_norm = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.ff_norm = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.qkv_proj = QKVParallelLinear(
+            width,
+            self.head_size,
+            config.n_heads,
+            config.n_kv_heads,
+            bias=False,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.attn_out = RowParallelLinear(width, width, bias=False, prefix=f"{prefix}.attn_out")
+        self.gate_up_proj = MergedColumnParallelLinear(
+            width, [config.mlp_hidden_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.ff_out = RowParallelLinear(
+            config.mlp_hidden_size, width, bias=False, prefix=f"{prefix}.ff_out"
+        )
+        for layer in (self.qkv_proj, self.attn_out, self.gate_up_proj, self.ff_out):
+            layer.quant_method = FrozenLinearMethod()
+        self.heads, self.kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+
+    def project(self, x_ND: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [N, H, P], rotated keys and values [N, G, P]."""
+        qkv, _ = self.qkv_proj(rms_norm(x_ND, self.attn_norm, self.eps))
+        heads = qkv.view(len(x_ND), -1, self.head_size)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> Tensor:
+        """The residual stream after attention, [N, D]."""
+        return x_ND + self.attn_out(mixed_NHP.reshape(len(x_ND), -1))[0]
+
+    def feed(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after the MLP, [N, D], and the MLP's pre-activations, [N, 2F]."""
+        gate_up, _ = self.gate_up_proj(rms_norm(x_ND, self.ff_norm, self.eps))
+        return x_ND + self.ff_out(swiglu(gate_up))[0], gate_up
+
+    def backward(
+        self, dx_KD: Tensor, tape: LayerTape, layout: RowLayout, rotary: Tensor, open_K11: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the block's input [K, D] and of the kept rows' keys and values [K, G, P].
+
+        `open_K11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0.
+        """
+        dgate_up = swiglu_backward(matmul_rows(dx_KD, self.ff_out.weight), tape.gate_up_K2F)
+        dnormed = _reduced(matmul_rows(dgate_up, self.gate_up_proj.weight))
+        dx_KD = dx_KD + rms_norm_backward(dnormed, tape.after_attention_KD, self.ff_norm, self.eps)
+        dmixed = matmul_rows(dx_KD, self.attn_out.weight).view(len(dx_KD), -1, self.head_size)
+        dq, dk, dv = attention_backward(
+            dmixed * open_K11,
+            tape.queries_KHP,
+            tape.keys_SGP,
+            tape.values_SGP,
+            layout=layout.attention,
+            scale=self.scale,
+        )
+        dqkv = torch.cat([rotate_backward(dq, rotary), rotate_backward(dk, rotary), dv], dim=1)
+        dnormed = _reduced(matmul_rows(dqkv.reshape(len(dx_KD), -1), self.qkv_proj.weight))
+        return (
+            dx_KD + rms_norm_backward(dnormed, tape.before_KD, self.attn_norm, self.eps),
+            dk,
+            dv,
+        )
+
+
+class LLaDAForDiffusion(nn.Module):
+    """LLaDA-8B-Base, -8B-Instruct and LLaDA-1.5 share this network."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LLaDAConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.wte = VocabParallelEmbedding(config.embedding_size, config.d_model, prefix="wte")
+        self.blocks = nn.ModuleList(
+            LLaDABlock(config, prefix=f"blocks.{i}") for i in range(config.n_layers)
+        )
+        self.ln_f = nn.Parameter(torch.ones(config.d_model), requires_grad=False)
+        self.head = ParallelLMHead(config.embedding_size, config.d_model, prefix="head")
+        if config.weight_tying:
+            self.head = self.head.tie_weights(self.wte)
+        for layer in (self.wte, self.head):
+            layer.quant_method = FrozenEmbeddingMethod()
+
+    # ---- the pass ------------------------------------------------------------------------------
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """Token embeddings, [N, D]."""
+        return self.wte(tokens_N)
+
+    def run(
+        self, x_TD: Tensor, layout: RowLayout, context: KeyValueContext | None = None
+    ) -> tuple[Tensor, Tape | None]:
+        """Final hidden states of the logit rows (normalised), [R, D], and the tape if rows are kept.
+
+        Args:
+            x_TD: embeddings of the live rows.
+            layout: where the rows lie.
+            context: where frozen keys and values come from, if the layout has any.
+        """
+        context = context or KeyValueContext()
+        block = self.blocks[0]
+        rotary = rotary_tables(
+            layout.positions, block.head_size, self.config.rope_theta, x_TD.dtype
+        )
+        keep = any(layout.kept_lens)
+        kept = layout.kept_index
+        tape = Tape(layout, rotary[:, kept], []) if keep else None
+        for index, block in enumerate(self.blocks):
+            q, k, v = block.project(x_TD, rotary)
+            k, v = context.merge(index, k, v)
+            mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
+            after = block.attend(x_TD, mixed)
+            out, gate_up = block.feed(after)
+            if tape is not None:
+                tape.layers.append(LayerTape(x_TD[kept], after[kept], q[kept], gate_up[kept], k, v))
+            x_TD = out
+        if tape is not None:
+            tape.final_KD = x_TD[kept]
+        hidden = rms_norm(x_TD[layout.logit_index], self.ln_f, self.config.rms_norm_eps)
+        return hidden, tape
+
+    def backward(
+        self,
+        dhidden_KD: Tensor,
+        tape: Tape,
+        open_K11: Tensor,
+        observe: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Gradient of the kept rows' embeddings, [K, D], given that of their final hidden states.
+
+        Args:
+            dhidden_KD: gradient of the normalised final states; zero for rows without an objective.
+            tape: of the pass.
+            open_K11: 1 for rows whose attention passes a gradient, else 0 (eq. 30).
+            observe: called with (layer, dK, dV), [K, G, P] each, for every layer, last one first.
+        """
+        assert tape.final_KD is not None
+        dx = rms_norm_backward(dhidden_KD, tape.final_KD, self.ln_f, self.config.rms_norm_eps)
+        for index in reversed(range(len(self.blocks))):
+            dx, dk, dv = self.blocks[index].backward(
+                dx, tape.layers[index], tape.layout, tape.rotary_2K1p, open_K11
+            )
+            if observe is not None:
+                observe(index, dk, dv)
+        return dx
+
+    # ---- vocabulary ----------------------------------------------------------------------------
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Logits [R, V] of normalised hidden states, on every rank."""
+        local = matmul_rows(hidden_RD, self.head.weight.t())
+        if get_tensor_model_parallel_world_size() > 1:
+            local = tensor_model_parallel_all_gather(local)
+        return local[:, : self.vocab_size]
+
+    def logits_backward(self, dlogits_RV: Tensor) -> Tensor:
+        """Gradient of `logits` with respect to the hidden states, [R, D]."""
+        return _reduced(matmul_rows(self._shard(dlogits_RV, self.head), self.head.weight))
+
+    def soft_embed(self, probabilities_RV: Tensor) -> Tensor:
+        """Expected embedding `E^T pi` (eq. 10), [R, D]."""
+        return _reduced(matmul_rows(self._shard(probabilities_RV, self.wte), self.wte.weight))
+
+    def _shard(self, x_RV: Tensor, layer: VocabParallelEmbedding) -> Tensor:
+        """The columns of this rank, padded to the rows of the layer's weight."""
+        rows = layer.weight.shape[0]
+        start = layer.shard_indices.org_vocab_start_index
+        piece = x_RV[:, start : start + rows].to(layer.weight.dtype)
+        return torch.nn.functional.pad(piece, (0, rows - piece.shape[1]))
+
+    # ---- what vLLM calls -----------------------------------------------------------------------
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """vLLM's name for `embed`."""
+        return self.embed(input_ids)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Not used: the diffusion runner calls `run` with a `RowLayout`."""
+        raise NotImplementedError(
+            "LLaDAForDiffusion runs through boe_vllm's diffusion runner; expected worker_cls "
+            "boe_vllm.engine.worker.*, got vLLM's own; check that the plugin's config hook ran"
+        )
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """vLLM's name for `logits`."""
+        return self.logits(hidden_states)
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load official LLaDA tensors.
+
+        Raises:
+            ValueError: naming every missing or unexpected tensor.
+        """
+        return weights.load(self, tensors)
+
+
+def _reduced(x: Tensor) -> Tensor:
+    """Sum over the tensor-parallel ranks."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return x
+    return tensor_model_parallel_all_reduce(x)

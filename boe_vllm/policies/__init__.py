@@ -1,0 +1,40 @@
+"""Unmasking policies: one file each, behind the contract in `base`.
+
+`policy name -> module` is the registry. A module defines one subclass of `Policy`; it is imported
+when the policy is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from boe_vllm.policies.base import Policy, PolicyConfig
+
+_MODULES = {
+    "random": "random",
+    "confidence": "confidence",
+    "margin": "margin",
+    "entropy": "entropy",
+    "boe": "boe",
+}
+
+POLICY_NAMES: frozenset[str] = frozenset(_MODULES)
+
+__all__ = ["POLICY_NAMES", "Policy", "PolicyConfig", "load_policy"]
+
+
+@functools.cache
+def load_policy(name: str) -> type[Policy]:
+    """The policy class of that name.
+
+    Raises:
+        ValueError: `unknown policy`, with the names that exist.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"unknown policy {name!r}; expected one of {sorted(_MODULES)}")
+    module = importlib.import_module(f"boe_vllm.policies.{_MODULES[name]}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Policy) and value.name == name:
+            return value
+    raise ValueError(f"module {module.__name__} defines no policy named {name!r}")

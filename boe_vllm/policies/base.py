@@ -1,0 +1,145 @@
+"""The contract between the engine and an unmasking policy.
+
+In each denoising step the engine shows a policy a `View` of one request: statistics of the masked
+positions that may be written now. The policy answers with a `Commit`. It may first ask for more
+work of the denoiser by yielding `Ask`s; the engine answers the asks of all requests of the batch
+in shared, packed passes. A policy never sees a tensor, another request, or vLLM.
+
+Legend: `M` masked positions that may be written now, `C` candidates, `b` tokens of this step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from boe_vllm import randomness
+from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.options import options
+from boe_vllm.steering.asks import Ask
+
+SCORE_GRID = 2.0**-16
+"""Scores are compared on this grid, so that rounding decides nothing: see `top`."""
+
+
+@options
+class PolicyConfig:
+    """Settings of one policy; subclasses add their fields."""
+
+    @classmethod
+    def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
+        """The given fields over the server's settings of the same policy, if there are any."""
+        return (dataclasses.asdict(base) if base is not None else {}) | dict(fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What a policy may know about one request in one denoising step."""
+
+    positions: IntArray
+    """[M] absolute positions, ascending."""
+    proposal: IntArray
+    """[M] the token that would be written: argmax, or a sample at temperature > 0; never MASK."""
+    confidence: FloatArray
+    """[M] untempered probability of the proposal; -inf where the request forbids an early commit."""
+    margin: FloatArray
+    """[M] difference of the two largest probabilities."""
+    entropy: FloatArray
+    """[M] entropy of the prediction, nats."""
+    quota: int
+    """Tokens due in this step by the request's schedule, 1 <= quota <= M."""
+    masked_at_start: int
+    """Masked positions of the whole request before its first step."""
+    masked_now: int
+    """Masked positions of the whole request now."""
+    step: int
+    """Denoising steps of the request so far."""
+    block_step: int
+    """Denoising steps of the current block so far."""
+    block_steps: int
+    """Denoising steps planned for the current block."""
+    vocab_size: int
+    """Number of tokens V."""
+    seed: int
+    """Seed of the request."""
+    memory: dict[str, Any]
+    """The policy's own notes on this request; kept across its steps."""
+
+    def uniforms(self, stream: int) -> FloatArray:
+        """[M] random numbers in (0, 1): a function of the request's seed, the step and position."""
+        return randomness.uniforms(
+            self.seed, step=self.step, positions=self.positions, stream=stream
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a policy decides in one step."""
+
+    chosen: IntArray
+    """Indices into `View.positions` of the positions to write; at least one unless remasking."""
+    tokens: IntArray | None = None
+    """Tokens to write, one per chosen index; None writes the proposals."""
+    remask: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """Absolute positions to mask again."""
+    scores: FloatArray | None = None
+    """[M] the scores that the choice was made by, for traces."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What the step's own forward must keep for a policy's asks."""
+
+    rows: str = "none"
+    """Rows whose activations are kept for a backward: "none", "masked" or "all"."""
+
+
+class Policy:
+    """One unmasking policy with its settings; holds no state of any request."""
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def of(cls, config: PolicyConfig) -> Self:
+        """The policy with these settings."""
+        return cls(config)
+
+    def needs(self) -> Needs:
+        """What the step's forward must keep for this policy."""
+        return Needs()
+
+    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """Decide one denoising step; a generator that may yield asks and returns a `Commit`."""
+        raise NotImplementedError
+
+
+class LocalPolicy(Policy):
+    """A policy that ranks positions by a score of their own prediction: the top `b` are written."""
+
+    def score(self, view: View) -> FloatArray:
+        """[M] higher is written earlier."""
+        raise NotImplementedError
+
+    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """Commit the `quota` best positions."""
+        scores = self.score(view)
+        return Commit(chosen=top(scores, view.quota), scores=scores)
+        yield  # a generator like every policy's step
+
+
+def top(scores: FloatArray, count: int) -> IntArray:
+    """Indices of the `count` largest scores, best first; ties go to the lower index.
+
+    Scores are rounded to `SCORE_GRID` before they are compared: values that are equal in exact
+    arithmetic (confidences that saturate at 1, symmetric positions) then tie and the position
+    decides, not rounding noise of the hardware, of the batch's shape or of tensor parallelism.
+    """
+    on_grid = np.round(scores / SCORE_GRID)
+    return np.argsort(-on_grid, kind="stable")[:count]

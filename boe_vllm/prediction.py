@@ -1,0 +1,217 @@
+"""From hidden states to what policies see: statistics of the logit rows, tile by tile.
+
+The vocabulary is large (126,464 for LLaDA-8B), so logits exist only for the rows that were asked
+for and never as a whole: no tensor of rows x V grows beyond a budget of bytes.
+
+Legend: `R` logit rows, `r` rows of one tile, `V` vocabulary, `D` width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from boe_vllm.arrays import BoolArray, FloatArray, IntArray
+from boe_vllm.models.functional import accurate
+
+Tensor = torch.Tensor
+
+DEFAULT_BUDGET_BYTES = 256 * 2**20
+_NEVER = -1e30  # finite, so that 0 * log 0 stays 0
+
+
+class VocabularyModel(Protocol):
+    """The part of the network that knows the vocabulary."""
+
+    vocab_size: int
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] logits of normalised hidden states."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RowWrites:
+    """How each logit row's token is to be proposed (host arrays)."""
+
+    temperature: FloatArray
+    """[R] 0 takes the argmax, otherwise a sample from softmax(logits / temperature)."""
+    uniform: FloatArray
+    """[R] the random number in (0, 1) behind the sample."""
+    top_logprobs: int = 0
+    """Most likely tokens to report per row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RowStatistics:
+    """Statistics of the logit rows on the host; entropies in nats."""
+
+    proposal: IntArray
+    """[R] token that would be written; never the mask token."""
+    confidence: FloatArray
+    """[R] untempered probability of the proposal."""
+    margin: FloatArray
+    """[R] largest less second largest probability."""
+    entropy: FloatArray
+    """[R] entropy."""
+    finite: BoolArray
+    """[R] whether the logits were finite."""
+    rank: IntArray
+    """[R] rank of the proposal among all tokens, 1 is the most likely; 0 if not asked for."""
+    top_tokens: IntArray | None
+    """[R, k] most likely tokens, if asked for."""
+    top_logprobs: FloatArray | None
+    """[R, k] their log-probabilities, nats."""
+
+
+class LogProbabilities:
+    """Log-probabilities [R, V] of a pass, nats: kept if they fit the budget, else computed again."""
+
+    def __init__(
+        self,
+        model: VocabularyModel,
+        hidden_RD: Tensor,
+        *,
+        mask_token_id: int,
+        eos_token_id: int,
+        forbidden: BoolArray,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ) -> None:
+        self.model = model
+        self.hidden_RD = hidden_RD
+        self.mask_token_id = mask_token_id
+        self.eos_token_id = eos_token_id
+        self.forbidden = forbidden
+        item = 8 if hidden_RD.dtype == torch.float64 else 4
+        # A tile and its probabilities exist at the same time, hence a quarter for each tile.
+        self.tile_rows = max(1, budget_bytes // (4 * item * model.vocab_size))
+        self.budget_bytes = budget_bytes
+        self.keeps = len(hidden_RD) * model.vocab_size * item <= budget_bytes // 2
+        self._kept: Tensor | None = None
+
+    def of(self, hidden_RD: Tensor, forbidden: BoolArray) -> LogProbabilities:
+        """The same rules for the hidden states of another pass."""
+        return LogProbabilities(
+            self.model,
+            hidden_RD,
+            mask_token_id=self.mask_token_id,
+            eos_token_id=self.eos_token_id,
+            forbidden=forbidden,
+            budget_bytes=self.budget_bytes,
+        )
+
+    def tiles(self, keep: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """All rows as (rows, [r, V]) tiles; `keep` retains them for `rows` if they fit."""
+        keep = keep and self.keeps
+        kept = []
+        for start in range(0, len(self.hidden_RD), self.tile_rows):
+            rows = slice(start, min(start + self.tile_rows, len(self.hidden_RD)))
+            tile = self._compute(self.hidden_RD[rows], self.forbidden[rows])
+            if keep:
+                kept.append(tile)
+            yield rows, tile
+        if keep and kept:
+            self._kept = torch.cat(kept) if len(kept) > 1 else kept[0]
+
+    def rows(self, index_N: IntArray) -> Iterator[tuple[slice, Tensor]]:
+        """The given rows as (places within `index_N`, [r, V]) tiles."""
+        device = self.hidden_RD.device
+        for start in range(0, len(index_N), self.tile_rows):
+            places = slice(start, min(start + self.tile_rows, len(index_N)))
+            chosen = torch.from_numpy(index_N[places]).to(device)
+            if self._kept is not None:
+                yield places, self._kept[chosen]
+            else:
+                yield places, self._compute(self.hidden_RD[chosen], self.forbidden[index_N[places]])
+
+    def _compute(self, hidden_rD: Tensor, forbidden_r: BoolArray) -> Tensor:
+        logits = accurate(self.model.logits(hidden_rD))
+        logits[:, self.mask_token_id] = _NEVER
+        if forbidden_r.any():
+            banned = torch.from_numpy(np.flatnonzero(forbidden_r)).to(logits.device)
+            logits[banned, self.eos_token_id] = _NEVER
+        return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def read_statistics(
+    log_probs: LogProbabilities, writes: RowWrites, *, keep: bool = False
+) -> RowStatistics:
+    """Statistics of all logit rows, with one transfer to the host.
+
+    Args:
+        log_probs: of the pass.
+        writes: how tokens are proposed.
+        keep: retain the log-probabilities for a later pass over some rows.
+    """
+    columns, tops = [], []
+    k = writes.top_logprobs
+    for rows, logp in log_probs.tiles(keep):
+        p = logp.exp()
+        best, argmax = logp.max(-1)
+        second = logp.scatter(-1, argmax[:, None], _NEVER).amax(-1)
+        proposal = _propose(logp, argmax, writes.temperature[rows], writes.uniform[rows])
+        chosen = logp.gather(-1, proposal[:, None])
+        rank = (logp > chosen).sum(-1) + 1 if k else torch.zeros_like(argmax)
+        entropy = -(p.mul_(logp)).sum(-1)
+        columns.append(
+            torch.stack(
+                [
+                    proposal.double(),
+                    chosen[:, 0].double().exp(),
+                    best.double().exp() - second.double().exp(),
+                    entropy.double(),
+                    torch.isfinite(entropy).double(),
+                    rank.double(),
+                ]
+            )
+        )
+        if k:
+            values, tokens = logp.topk(k, dim=-1)
+            tops.append(torch.stack([tokens.double(), values.double()]))
+    table = torch.cat(columns, dim=1).cpu().numpy() if columns else np.zeros((6, 0))
+    top = torch.cat(tops, dim=1).cpu().numpy() if tops else None
+    return RowStatistics(
+        proposal=table[0].astype(np.int64),
+        confidence=table[1],
+        margin=table[2],
+        entropy=table[3],
+        finite=table[4] > 0,
+        rank=table[5].astype(np.int64),
+        top_tokens=None if top is None else top[0].astype(np.int64),
+        top_logprobs=None if top is None else top[1],
+    )
+
+
+def entropy_gradient(logp_rV: Tensor) -> Tensor:
+    """Gradient of each row's entropy with respect to its logits: `-p (ln p + H)`, [r, V]."""
+    p = logp_rV.exp()
+    entropy = -(p * logp_rV).sum(-1, keepdim=True)
+    return -p * (logp_rV + entropy)
+
+
+def _propose(
+    logp_rV: Tensor,
+    argmax_r: Tensor,
+    temperature_r: FloatArray,
+    uniform_r: FloatArray,
+) -> Tensor:
+    """[r] argmax, or a sample by inversion of the tempered distribution where temperature > 0.
+
+    One random number per row is enough, and the same number gives the same token in any batch.
+    """
+    sampled = np.flatnonzero(temperature_r > 0)
+    if len(sampled) == 0:
+        return argmax_r
+    device = logp_rV.device
+    rows = torch.from_numpy(sampled).to(device)
+    temperature = torch.from_numpy(temperature_r[sampled]).to(device)
+    uniform = torch.from_numpy(uniform_r[sampled]).to(device)
+    weights = torch.softmax(logp_rV[rows].double() / temperature[:, None], -1).cumsum(-1)
+    tokens = torch.searchsorted(weights, (uniform * weights[:, -1])[:, None], right=True)[:, 0]
+    proposal = argmax_r.clone()
+    proposal[rows] = tokens.clamp_(max=logp_rV.shape[-1] - 1)
+    return proposal

@@ -1,0 +1,246 @@
+"""Token Importance Scores equal autograd's on the dense network, in float64.
+
+The dense oracle runs eq. 30 literally (`torch.where(open, y, y.detach())`), one request at a time;
+the packed passes answer all requests together.
+"""
+
+import numpy as np
+import pytest
+import torch
+from oracle import Dense, random_weights, small_config
+
+from boe_vllm.models.standalone import build
+from boe_vllm.prediction import LogProbabilities, RowWrites, read_statistics
+from boe_vllm.rows import SequenceRows, pack
+from boe_vllm.steering.asks import TokenImportance
+from boe_vllm.steering.importance import token_importance
+from boe_vllm.steering.step import DenoisingPass
+
+F64 = torch.float64
+LENS = (9, 14, 6)
+
+
+def setting(**changes):
+    config = small_config(**changes)
+    weights = random_weights(config, dtype=F64)
+    model = build(config, dtype=F64)
+    model.load_weights(weights.items())
+    return model, Dense(config, weights)
+
+
+def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for length in sizes:
+        tokens = rng.integers(0, 27, length)
+        masked = np.sort(rng.permutation(length)[: max(4, length // 2)])
+        tokens[masked] = model.config.mask_token_id
+        sequences.append(SequenceRows(tokens=tokens, logit_positions=masked, keep=keep))
+    layout = pack(sequences, torch.device("cpu"))
+    hidden, tape = model.run(model.embed(layout.tokens), layout)
+    rows = len(hidden)
+    log_probs = LogProbabilities(
+        model,
+        hidden,
+        mask_token_id=model.config.mask_token_id,
+        eos_token_id=model.config.eos_token_id,
+        forbidden=np.zeros(rows, bool),
+        budget_bytes=budget_bytes,
+    )
+    writes = RowWrites(temperature=np.zeros(rows), uniform=np.full(rows, 0.5))
+    read_statistics(log_probs, writes, keep=True)
+    return DenoisingPass(
+        model=model, sequences=tuple(sequences), layout=layout, log_probs=log_probs, tape=tape
+    )
+
+
+def ask_for(rows, *, surrogate, objective="masked", active="masked", context="frozen", sharpen=1.0):
+    masked = len(rows.logit_positions)
+    everyone = np.arange(masked)
+    candidates = everyone[: max(2, masked // 2)]
+    return TokenImportance(
+        candidates=candidates,
+        objective=everyone if objective == "masked" else np.setdiff1d(everyone, candidates),
+        active={"masked": everyone, "candidates": candidates, "all": None}[active],
+        surrogate=surrogate,
+        context=context,
+        sharpen=sharpen,
+    )
+
+
+def soft_embeddings(dense, x_LD, positions, sharpen):
+    logp = dense.log_probs(dense.logits(x_LD))[positions]
+    return (logp / sharpen).softmax(-1) @ dense.w("wte")[: dense.config.vocab_size]
+
+
+def open_rows(ask, rows):
+    if ask.active is None:
+        return None
+    flags = torch.zeros(len(rows.tokens), dtype=torch.bool)
+    flags[rows.logit_positions[ask.active]] = True
+    return flags
+
+
+def oracle(dense, rows, ask):
+    """[C] scores of one request by the definition, with autograd."""
+    x = dense.embed(torch.from_numpy(rows.tokens))
+    positions = rows.logit_positions[ask.candidates]
+    objective = rows.logit_positions[ask.objective]
+    soft = soft_embeddings(dense, x, positions, ask.sharpen)
+    mask = dense.w("wte")[dense.config.mask_token_id]
+    if ask.surrogate == "kv":
+        return kv_oracle(dense, rows, ask, x, soft, positions, objective)
+    at = x.clone()
+    if ask.surrogate == "inject":
+        at[positions] = soft
+    at.requires_grad_()
+    frozen = None
+    if ask.surrogate == "inject" and ask.context == "frozen":
+        return frozen_oracle(dense, rows, ask, x, at, soft - mask, positions, objective)
+    entropy = dense.entropies(dense.logits(at, open_rows(ask, rows), frozen))[objective].sum()
+    (gradient,) = torch.autograd.grad(entropy, at)
+    return -(gradient[positions] * (soft - mask)).sum(-1)
+
+
+def kv_oracle(dense, rows, ask, x, soft, positions, objective):
+    """Gradients at every layer's keys and values, and each candidate's row run alone."""
+    x = x.clone().requires_grad_()
+    entropy = dense.entropies(dense.logits(x, open_rows(ask, rows)))[objective].sum()
+    kv = dense.kv
+    tensors = [t for pair in kv for t in pair]
+    gradients = torch.autograd.grad(entropy, tensors, allow_unused=True)
+    old = [(k.detach(), v.detach()) for k, v in kv]
+    scores = []
+    for position, write in zip(positions, soft, strict=True):
+        changed = x.detach().clone()
+        changed[position] = write
+        dense.logits(changed, frozen=(int(position), old))
+        total = 0.0
+        for gradient, was, now in zip(
+            gradients, [t for p in old for t in p], [t for p in dense.kv for t in p], strict=True
+        ):
+            if gradient is not None:
+                total += (gradient[position] * (now[position] - was[position])).sum()
+        scores.append(-total)
+    return torch.stack(scores)
+
+
+def frozen_oracle(dense, rows, ask, x, at, change, positions, objective):
+    """All masked rows live, the others' keys and values those of the first forward."""
+    dense.logits(x)
+    old = [(k.detach(), v.detach()) for k, v in dense.kv]
+    live = torch.zeros(len(rows.tokens), dtype=torch.bool)
+    live[rows.logit_positions] = True
+
+    class Mixed(Dense):
+        layer = 0
+
+        def attend(self, q, k, v):
+            was = old[self.layer]
+            self.layer += 1
+            keep = live[:, None, None]
+            return super().attend(q, torch.where(keep, k, was[0]), torch.where(keep, v, was[1]))
+
+    mixed = Mixed(dense.config, dense.weights)
+    entropy = mixed.entropies(mixed.logits(at, open_rows(ask, rows)))[objective].sum()
+    (gradient,) = torch.autograd.grad(entropy, at)
+    return -(gradient[positions] * change).sum(-1)
+
+
+CASES = [
+    dict(surrogate="mask", active="all"),
+    dict(surrogate="mask", active="masked"),
+    dict(surrogate="mask", active="candidates"),
+    dict(surrogate="mask", active="masked", objective="remaining"),
+    dict(surrogate="mask", active="masked", sharpen=0.5),
+    dict(surrogate="kv", active="masked"),
+    dict(surrogate="kv", active="candidates"),
+    dict(surrogate="kv", active="masked", objective="remaining"),
+    dict(surrogate="kv", active="all"),
+    dict(surrogate="inject", active="masked"),
+    dict(surrogate="inject", active="masked", objective="remaining", sharpen=0.5),
+    dict(surrogate="inject", active="all", context="exact"),
+    dict(surrogate="inject", active="masked", context="exact"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}], ids=["heads4", "grouped"])
+def test_scores_equal_autograd(case, changes):
+    model, dense = setting(**changes)
+    current = make_pass(model, "all" if case["active"] == "all" else "masked")
+    asks = [(n, ask_for(rows, **case)) for n, rows in enumerate(current.sequences)]
+    for (n, ask), got in zip(asks, token_importance(current, asks), strict=True):
+        want = oracle(dense, current.sequences[n], ask).numpy()
+        np.testing.assert_allclose(got.value, want, rtol=1e-8, atol=1e-11)
+        assert np.abs(want).max() > 1e-3  # the test can fail
+
+
+def test_one_backward_gives_each_request_its_own_scores():
+    model, _ = setting()
+    current = make_pass(model, "masked")
+    kinds = [
+        dict(surrogate="mask"),
+        dict(surrogate="kv", objective="remaining"),
+        dict(surrogate="inject"),
+    ]
+    asks = [(n, ask_for(current.sequences[n], **kind)) for n, kind in enumerate(kinds)]
+    together = token_importance(current, asks)
+    for pair, got in zip(asks, together, strict=True):
+        (alone,) = token_importance(current, [pair])
+        np.testing.assert_allclose(got.value, alone.value, rtol=1e-12)
+
+
+def test_remaining_objective_with_candidate_rows_only_has_no_gradient():
+    model, _ = setting()
+    current = make_pass(model, "masked")
+    ask = ask_for(
+        current.sequences[1], surrogate="mask", objective="remaining", active="candidates"
+    )
+    (got,) = token_importance(current, [(1, ask)])
+    assert (got.value == 0).all()
+
+
+def test_mask_scores_equal_finite_differences():
+    model, dense = setting()
+    current = make_pass(model, "all")
+    rows = current.sequences[0]
+    ask = ask_for(rows, surrogate="mask", active="all")
+    (got,) = token_importance(current, [(0, ask)])
+    x = dense.embed(torch.from_numpy(rows.tokens))
+    positions = rows.logit_positions[ask.candidates]
+    change = soft_embeddings(dense, x, positions, 1.0) - dense.w("wte")[28]
+    for score, position, direction in zip(got.value, positions, change, strict=True):
+        values = []
+        for alpha in (-1e-5, 1e-5):
+            moved = x.clone()
+            moved[position] += alpha * direction
+            values.append(float(dense.entropies(dense.logits(moved))[rows.logit_positions].sum()))
+        assert score == pytest.approx(-(values[1] - values[0]) / 2e-5, rel=1e-5, abs=1e-8)
+
+
+def test_small_tiles_change_nothing():
+    model, _ = setting()
+    whole, tiled = make_pass(model, "masked"), make_pass(model, "masked", budget_bytes=2048)
+    assert whole.log_probs.keeps and not tiled.log_probs.keeps and tiled.log_probs.tile_rows == 2
+    asks = [(n, ask_for(rows, surrogate="kv")) for n, rows in enumerate(whole.sequences)]
+    for a, b in zip(token_importance(whole, asks), token_importance(tiled, asks), strict=True):
+        np.testing.assert_allclose(a.value, b.value, rtol=1e-12)
+
+
+def test_cost_is_counted():
+    model, _ = setting()
+    current = make_pass(model, "masked")
+    rows = current.sequences[1]
+    masked, candidates = len(rows.logit_positions), max(2, len(rows.logit_positions) // 2)
+    length = len(rows.tokens)
+    want = {
+        ("mask", "frozen"): (0, 1, 0, masked),
+        ("kv", "frozen"): (1, 1, candidates, masked),
+        ("inject", "frozen"): (1, 1, masked, masked),
+        ("inject", "exact"): (1, 1, length, masked),
+    }
+    for (surrogate, context), cost in want.items():
+        ask = ask_for(rows, surrogate=surrogate, context=context)
+        (got,) = token_importance(current, [(1, ask)])
+        assert (got.forwards, got.backwards, got.rows_forward, got.rows_backward) == cost
