@@ -14,11 +14,12 @@ EXTRAS ?= cpu,eval,dev
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml Makefile scripts/remove_broken_torch_extras.py
+$(STAMP): setup.py pyproject.toml Makefile $(wildcard scripts/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"
 	$(BIN)/python scripts/remove_broken_torch_extras.py
+	$(BIN)/python scripts/name_vllm_cpu.py
 	touch $@
 
 demo: setup

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,11 @@ class FrameConfig:
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
     """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Keys and values frozen within a block (Fast-dLLM): none, those before the block, or those
+    after it too. An approximation."""
+    cache_refresh: PositiveInt | None = None
+    """Denoising steps after which frozen keys and values are computed again within a block."""
     logits_eos_inf: bool = False
     """Never propose EOS (LLaDA's option of the same name)."""
     confidence_eos_eot_inf: bool = False
@@ -50,6 +55,11 @@ class FrameConfig:
             raise ValueError(
                 f"steps and tokens_per_step exclude each other, got steps={self.steps} and "
                 f"tokens_per_step={self.tokens_per_step}; set one of them"
+            )
+        if self.cache_refresh is not None and self.cache == "none":
+            raise ValueError(
+                f"cache_refresh: expected cache 'prefix' or 'dual' beside it, got 'none' with "
+                f"cache_refresh={self.cache_refresh}; set cache or remove cache_refresh"
             )
         if self.gen_length is not None and self.block_length is not None:
             _must_divide("gen_length", self.gen_length, "block_length", self.block_length)

@@ -98,7 +98,7 @@ def test_reference_is_plain_softmax_attention():
 @every_layout
 def test_gradients_equal_finite_differences(layout):
     """Inactive rows are constants: only the active rows are varied, only their outputs seen."""
-    q, k, v, _ = rows_of(layout, (2, 1))
+    q, k, v, _ = rows_of(layout, (2, 1), width=3)
     rows, kv_rows = layout.active_index(), layout.active_kv_index()
     for impl in ("reference", "torch_sdpa"):
 
@@ -153,7 +153,7 @@ def test_autograd_gives_inactive_rows_exactly_zero(layout, impl):
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = active_query_attention(*inputs, layout=layout, scale=SCALE, impl=impl)
     do = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad(out, inputs, do)
+    grads = torch.autograd.grad(out, inputs, do, materialize_grads=True)
     rows, kv_rows = layout.active_index(), layout.active_kv_index()
     want = backward_of(layout, *(x.detach() for x in inputs), do[rows], impl="reference")
     assert_all_close([g[i] for g, i in zip(grads, (rows, kv_rows, kv_rows), strict=True)], want)
@@ -469,9 +469,6 @@ def dense_kernels(fmha, *, packed_lse):
         bias = mask.materialize((q.shape[1], k.shape[1]), dtype=q.dtype)
         return torch.einsum("qhd,khd->hqk", q[0], k[0]) * scale + bias
 
-    def joined_heads(x):
-        return x.flatten(2, 3) if x.dim() == 5 else x
-
     def padded(lse, mask):
         parts = lse.split([b - a for a, b in mask.q_seqinfo.intervals()], dim=1)
         out = lse.new_full((len(parts), lse.shape[0], 64), float("nan"))  # never to be read
@@ -480,14 +477,11 @@ def dense_kernels(fmha, *, packed_lse):
         return out
 
     def forward_requires_grad(q, k, v, mask, *, scale):
-        assert q.dim() in (4, 5) and q.dim() == k.dim() and q.shape[2:] == k.shape[2:]
-        s = scores(joined_heads(q), joined_heads(k), mask, scale)
-        out = torch.einsum("hqk,khd->qhd", s.softmax(-1), joined_heads(v)[0])
+        assert q.dim() == k.dim() == v.dim() == 4 and q.shape[2:] == k.shape[2:]
+        s = scores(q, k, mask, scale)
+        out = torch.einsum("hqk,khd->qhd", s.softmax(-1), v[0])
         lse = s.logsumexp(-1)
-        lse = lse[None] if packed_lse else padded(lse, mask)
-        if q.dim() == 5:
-            lse = lse.unflatten(1, q.shape[2:4])
-        return out.reshape(q.shape), lse
+        return out[None], lse[None] if packed_lse else padded(lse, mask)
 
     def backward(do, o, lse, q, k, v, mask, *, scale, op):
         assert op is kernel and q.dim() == k.dim() == v.dim() == 4 and q.shape[2] == k.shape[2]
@@ -508,13 +502,19 @@ def dense_kernels(fmha, *, packed_lse):
             torch.einsum("hqk,qhd->khd", p, do[0])[None],
         )
 
-    kernel = SimpleNamespace(
-        NAME="dense", VARLEN_LSE_PACKED=packed_lse, not_supported_reasons=lambda inputs: []
-    )
+    def operator(name, packed, reasons):
+        return SimpleNamespace(
+            NAME=name, VARLEN_LSE_PACKED=packed, not_supported_reasons=lambda inputs: reasons
+        )
+
+    kernel = operator("dense", packed_lse, [])
+    refusing = SimpleNamespace(BwOp=operator("refusing", not packed_lse, ["not built"]))
     return SimpleNamespace(
         BlockDiagonalMask=fmha.BlockDiagonalMask,
         Inputs=fmha.Inputs,
-        flash3=SimpleNamespace(BwOp=kernel),
+        flash3=refusing,
+        flash=SimpleNamespace(BwOp=kernel),
+        cutlass=refusing,
         memory_efficient_attention_forward=lambda *a, **k: forward_requires_grad(*a, **k)[0],
         memory_efficient_attention_forward_requires_grad=forward_requires_grad,
         memory_efficient_attention_backward=backward,
@@ -570,8 +570,11 @@ def pretend_h100(fmha, monkeypatch):
     """xformers believes in a Hopper GPU; tensors are fake, so nothing is ever computed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fmha.common, "_built_with_cuda", True)
-    for op in (fmha.flash.BwOp, fmha.flash.FwOp):
-        monkeypatch.setattr(op, "OPERATOR", op.OPERATOR or object())
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "12.8")
+    for op in (fmha.flash.FwOp, fmha.flash.BwOp):
+        monkeypatch.setattr(op, "OPERATOR", lambda *args: None)
+    for op in (fmha.flash3.FwOp, fmha.flash3.BwOp):
+        monkeypatch.setattr(op, "OPERATOR", None)
     # Pinned memory, through which xformers moves the lengths, does not exist here.
     monkeypatch.setattr(
         fmha.attn_bias,
@@ -610,14 +613,27 @@ def test_xformers_says_why_no_kernel_takes_the_inputs(pretend_h100, fmha):
     q = torch.empty(2, 4, 12, dtype=torch.bfloat16, device="cuda")
     k = torch.empty(5, 4, 12, dtype=torch.bfloat16, device="cuda")
     mask = xformers_impl.mask_plan(layout, q.device).mask
-    with pytest.raises(ValueError, match=r"head width 12 .*query.shape\[-1\] % 8 != 0"):
+    message = r"(?s)expected inputs that a .* kernel takes.*query.shape\[-1\] % 8 != 0"
+    with pytest.raises(ValueError, match=message):
         xformers_impl.backward_operator(fmha, q, k, k, mask, SCALE)
+    with pytest.raises(ValueError, match=message):
+        attention_forward(q, k, k, layout=layout, scale=SCALE)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
-def test_xformers_itself_accepts_our_calls(pretend_h100, heads):
-    """The real xformers, its checks and CUTLASS's shape rules, on fake CUDA tensors."""
+def test_xformers_itself_accepts_our_calls(pretend_h100, fmha, monkeypatch, heads):
+    """The real xformers, its checks and PyTorch's shape rules for CUTLASS, on fake tensors."""
     layout = layout_of((3, 2, 40), (5, 2, 40), (2, 0, 33))
+
+    # PyTorch 2.13 has no working shape rule for this kernel, so its arguments are looked at here.
+    def kernel(do, q, k, v, *, out, logsumexp, max_seqlen_q, max_seqlen_k, scale, **rest):
+        assert do.shape == q.shape == out.shape == (1, 35, 4, 64)
+        assert k.shape == v.shape == (1, 45, 4, 64)
+        assert logsumexp.shape == (2, 4, 64) and logsumexp.is_contiguous()
+        assert (max_seqlen_q, max_seqlen_k, scale) == (33, 40, SCALE)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+    monkeypatch.setattr(fmha.cutlass.BwOp, "OPERATOR", kernel)
     q = torch.empty(45, heads[0], 64, device="cuda")
     k = torch.empty(47, heads[1], 64, device="cuda")
     rows = torch.empty(35, heads[0], 64, device="cuda")

@@ -12,6 +12,7 @@ with atomics, so that its last bits vary between runs unless
 xformers is imported when the first call needs it; the package works without it elsewhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -50,9 +51,8 @@ def forward(
     if not layout.num_queries:
         return torch.empty_like(q_THD)
     plan = mask_plan(layout, q_THD.device)
-    q, k, v = _grouped(q_THD, *_gather(k_SHD, v_SHD, plan))
-    o = _fmha().memory_efficient_attention_forward(q, k, v, plan.mask, scale=scale)
-    return o.reshape(q_THD.shape)
+    kernel = _fmha().memory_efficient_attention_forward
+    return _run_forward(kernel, q_THD, k_SHD, v_SHD, plan, scale).squeeze(0)
 
 
 def forward_with_lse(
@@ -67,17 +67,16 @@ def forward_with_lse(
 
     Returns:
         o `[T, H, D]` in q's dtype; lse float32 `[T, H]`.
+
+    Raises:
+        ValueError: no forward kernel takes these inputs; the message has each one's reasons.
     """
     if not layout.num_queries:
         return torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     plan = mask_plan(layout, q_THD.device)
-    q, k, v = _grouped(q_THD, *_gather(k_SHD, v_SHD, plan))
-    o, lse = _fmha().memory_efficient_attention_forward_requires_grad(
-        q, k, v, plan.mask, scale=scale
-    )
-    if lse.dim() == 4:  # grouped heads
-        lse = lse.flatten(1, 2)
-    return o.reshape(q_THD.shape), unpack_lse(lse, plan.q_seqlens)
+    kernel = _fmha().memory_efficient_attention_forward_requires_grad
+    o, lse = _run_forward(kernel, q_THD, k_SHD, v_SHD, plan, scale)
+    return o.squeeze(0), unpack_lse(lse, plan.q_seqlens)
 
 
 def backward(
@@ -111,29 +110,27 @@ def backward(
     if o_AHD is None or lse_AH is None:
         o_AHD, lse_AH = forward_with_lse(q_AHD, k_SHD, v_SHD, layout=active, scale=scale)
     plan = mask_plan(active, q_AHD.device)
-    # The backward kernels know no grouped heads: repeat keys and values, sum over groups after.
-    group = q_AHD.shape[1] // kv_heads
-    k, v = (x.repeat_interleave(group, dim=1) for x in _gather(k_SHD, v_SHD, plan))
+    k, v = _keys_for(k_SHD, v_SHD, plan, q_AHD.shape[1])
     fmha = _fmha()
     op = backward_operator(fmha, q_AHD, k, v, plan.mask, scale)
     dq, dk, dv = fmha.memory_efficient_attention_backward(
-        do_AHD[None],
-        o_AHD[None],
+        do_AHD.unsqueeze(0),
+        o_AHD.unsqueeze(0),
         pack_lse(lse_AH, plan.q_seqlens, packed=op.VARLEN_LSE_PACKED),
-        q_AHD[None],
-        k[None],
-        v[None],
+        q_AHD.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
         plan.mask,
         scale=scale,
         op=op,
     )
-    dk, dv = dk[0][plan.active_kv_index], dv[0][plan.active_kv_index]
-    if group > 1:
+    dk, dv = (x.squeeze(0).index_select(0, plan.active_kv_index) for x in (dk, dv))
+    if kv_heads != q_AHD.shape[1]:
         dk, dv = (
-            x.unflatten(1, (kv_heads, group)).sum(dim=2, dtype=torch.float32).to(x.dtype)
+            x.unflatten(1, (kv_heads, -1)).sum(dim=2, dtype=torch.float32).to(x.dtype)
             for x in (dk, dv)
         )
-    return dq[0], dk, dv
+    return dq.squeeze(0), dk, dv
 
 
 def mask_plan(layout: AttentionLayout, device: torch.device | str) -> MaskPlan:
@@ -183,31 +180,26 @@ def backward_operator(
     Raises:
         ValueError: there is none.
     """
-    inputs = fmha.Inputs(
-        query=q_AHD[None], key=k_SHD[None], value=v_SHD[None], attn_bias=mask, scale=scale
-    )
+    q, k, v = (x.unsqueeze(0) for x in (q_AHD, k_SHD, v_SHD))
+    inputs = fmha.Inputs(query=q, key=k, value=v, attn_bias=mask, scale=scale)
     reasons = []
     for op in (fmha.flash3.BwOp, fmha.flash.BwOp, fmha.cutlass.BwOp):
         against = op.not_supported_reasons(inputs)
         if not against:
             return op
         reasons.append(f"{op.NAME}: {'; '.join(against)}")
-    raise ValueError(
-        f"impl='xformers': expected inputs that a backward kernel takes, got {q_AHD.dtype} with "
-        f"head width {q_AHD.shape[-1]} on {q_AHD.device} ({' | '.join(reasons)}); bfloat16 with a "
-        "head width divisible by 8 has the widest support"
-    )
+    raise _refusal("backward", q_AHD, " | ".join(reasons))
 
 
 def unpack_lse(lse: torch.Tensor, q_seqlens: tuple[int, ...]) -> torch.Tensor:
     """xformers' lse, packed `[1, H, >= T]` or padded `[N, H, >= M]`, as `[T, H]`."""
     total = sum(q_seqlens)
     if lse.shape[0] == 1:
-        return lse[0, :, :total].T
+        return lse.squeeze(0).narrow(1, 0, total).T
     padded = lse.shape[-1]
     starts = tuple(i * padded for i in range(len(q_seqlens)))
     rows = row_index(starts, q_seqlens).to(lse.device)
-    return lse.transpose(1, 2).flatten(0, 1)[rows]
+    return lse.transpose(1, 2).flatten(0, 1).index_select(0, rows)
 
 
 def pack_lse(lse_TH: torch.Tensor, q_seqlens: tuple[int, ...], *, packed: bool) -> torch.Tensor:
@@ -216,33 +208,53 @@ def pack_lse(lse_TH: torch.Tensor, q_seqlens: tuple[int, ...], *, packed: bool) 
     Padding is infinite, so that the probabilities of the rows which are not there vanish.
     """
     if packed:
-        return lse_TH.T.contiguous()[None]
+        return lse_TH.T.contiguous().unsqueeze(0)
     padded = -(-max(q_seqlens) // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
     out = lse_TH.new_full((len(q_seqlens) * padded, lse_TH.shape[1]), float("inf"))
     starts = tuple(i * padded for i in range(len(q_seqlens)))
-    out[row_index(starts, q_seqlens).to(lse_TH.device)] = lse_TH
-    return out.unflatten(0, (len(q_seqlens), padded)).transpose(1, 2).contiguous()
+    out.index_copy_(0, row_index(starts, q_seqlens).to(lse_TH.device), lse_TH)
+    out_NMH = out.unflatten(0, (len(q_seqlens), padded))
+    return out_NMH.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def _gather(
-    k_SHD: torch.Tensor, v_SHD: torch.Tensor, plan: MaskPlan
+def _run_forward(
+    kernel: Callable[..., Any],
+    q_THD: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    plan: MaskPlan,
+    scale: float,
+) -> Any:
+    """One of xformers' forwards on packed rows; ValueError if it has no kernel for them."""
+    qkv = (q_THD, *_keys_for(k_SHD, v_SHD, plan, q_THD.shape[1]))
+    try:
+        return kernel(*(x.unsqueeze(0) for x in qkv), plan.mask, scale=scale)
+    except NotImplementedError as error:  # what xformers' dispatch raises
+        raise _refusal("forward", q_THD, str(error)) from error
+
+
+def _refusal(direction: str, q_THD: torch.Tensor, reasons: str) -> ValueError:
+    return ValueError(
+        f"impl='xformers': expected inputs that a {direction} kernel takes, got {q_THD.dtype} with "
+        f"head width {q_THD.shape[-1]} on {q_THD.device}; bfloat16 with a head width divisible by "
+        f"8 has the widest support. xformers says: {reasons}"
+    )
+
+
+def _keys_for(
+    k_SHD: torch.Tensor, v_SHD: torch.Tensor, plan: MaskPlan, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if plan.kv_index is None:
-        return k_SHD, v_SHD
-    return k_SHD[plan.kv_index], v_SHD[plan.kv_index]
+    """Keys and values under the mask, with as many heads as the queries.
 
-
-def _grouped(
-    q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views in xformers' formats: `[1, rows, H, D]`, or `[1, rows, K, G, D]` for grouped heads."""
-    kv_heads = k_SHD.shape[1]
-    group = q_THD.shape[1] // kv_heads
-    if group == 1:
-        return q_THD[None], k_SHD[None], v_SHD[None]
-    q = q_THD.unflatten(1, (kv_heads, group))[None]
-    k, v = (x.unsqueeze(2).expand(-1, -1, group, -1)[None] for x in (k_SHD, v_SHD))
-    return q, k, v
+    Grouped heads are repeated rather than passed in xformers' 5-d format: its backward kernels do
+    not take it, and its CUTLASS forward would run every group on a side stream of its own.
+    """
+    group = heads // k_SHD.shape[1]
+    if plan.kv_index is not None:
+        k_SHD, v_SHD = (x.index_select(0, plan.kv_index) for x in (k_SHD, v_SHD))
+    if group > 1:
+        k_SHD, v_SHD = (x.repeat_interleave(group, dim=1) for x in (k_SHD, v_SHD))
+    return k_SHD, v_SHD
 
 
 def _fmha() -> Any:

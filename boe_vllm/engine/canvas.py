@@ -18,6 +18,7 @@ import numpy as np
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
 from boe_vllm.config import CanvasPlan, SamplerConfig
+from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
 from boe_vllm.policies import Policy, load_policy
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.prediction import RowStatistics
@@ -71,6 +72,7 @@ class Canvas:
         mask_token_id: int,
         vocab_size: int,
         late_tokens: frozenset[int],
+        pool: KeyValuePool | None = None,
     ) -> None:
         """Append the masks and open the first block.
 
@@ -80,6 +82,10 @@ class Canvas:
             mask_token_id: id of the mask.
             vocab_size: number of tokens.
             late_tokens: EOS and EoT, for `confidence_eos_eot_inf`.
+            pool: room for frozen keys and values, if the request asks for a cache.
+
+        Raises:
+            ValueError: when the pool has no room left.
         """
         self.params = params
         self.config, self.plan = params.config, params.plan
@@ -101,6 +107,11 @@ class Canvas:
         self.step_of = np.full(length, -1)
         self.entropy_of, self.confidence_of, self.score_of = np.full((3, length), np.nan)
         self.logprobs_of: dict[int, TokenLogprobs] = {}
+        self.cache: RequestCache | None = None
+        if self.config.frame.cache != "none":
+            assert pool is not None
+            frame = self.config.frame
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
         self.block = -1
         self._next_block()
 
@@ -130,10 +141,25 @@ class Canvas:
             self.block_start = 0 if self.block == 0 else start
             self.block_end = min(start + self.plan.block_length, len(self.tokens))
             self.block_masks = int(self.masked[self.block_start : self.block_end].sum())
+            own = np.arange(self.block_start, self.block_end)
+            self.block_positions = own[self.masked[own] | (own >= self.prompt_len)]
             self.block_step = 0
             if self.block_masks:
                 self.block_steps = self.plan.steps_for(self.block_masks)
                 return
+
+    def cache_plan(self) -> CachePlan | None:
+        """What the coming pass stores or reads; None without a cache."""
+        if self.cache is None:
+            return None
+        return self.cache.plan(
+            block=self.block, block_step=self.block_step, block_positions=self.block_positions
+        )
+
+    def release(self) -> None:
+        """Give back what the request holds outside its canvas."""
+        if self.cache is not None:
+            self.cache.release()
 
     # ---- a step --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from boe_vllm.engine.cache import CachedRows, KeyValuePool
 from boe_vllm.engine.canvas import Canvas, RequestParams, TokenLogprobs
 from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.policies.base import Commit, View
@@ -58,6 +59,7 @@ class DenoisingLoop:
         late_tokens: frozenset[int],
         device: torch.device,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        cache_rows: int = 0,
     ) -> None:
         """Wrap a loaded model.
 
@@ -68,6 +70,7 @@ class DenoisingLoop:
             late_tokens: EOS and EoT, for `confidence_eos_eot_inf`.
             device: where the model lives.
             budget_bytes: largest temporary of rows x vocabulary.
+            cache_rows: rows of keys and values that requests with a cache may hold together.
         """
         self.model = model
         self.mask_token_id = mask_token_id
@@ -75,6 +78,10 @@ class DenoisingLoop:
         self.late_tokens = late_tokens
         self.device = device
         self.budget_bytes = budget_bytes
+        weight = next(model.parameters())
+        self.pool = KeyValuePool(
+            cache_rows, **model.cache_shape(), dtype=weight.dtype, device=device
+        )
         self.canvases: dict[str, Canvas] = {}
 
     def add(self, request_id: str, prompt: list[int], params: RequestParams) -> None:
@@ -85,11 +92,14 @@ class DenoisingLoop:
             mask_token_id=self.mask_token_id,
             vocab_size=self.model.vocab_size,
             late_tokens=self.late_tokens,
+            pool=self.pool,
         )
 
     def remove(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored, since vLLM reports a finish only once."""
-        self.canvases.pop(request_id, None)
+        canvas = self.canvases.pop(request_id, None)
+        if canvas is not None:
+            canvas.release()
 
     @torch.no_grad()
     def step(self, request_ids: Sequence[str]) -> dict[str, StepResult]:
@@ -116,16 +126,20 @@ class DenoisingLoop:
 
     def _predict(self, canvases: Sequence[Canvas]) -> tuple[DenoisingPass, RowStatistics]:
         """The step's own forward and the statistics of every writable position."""
+        plans = [canvas.cache_plan() for canvas in canvases]
         sequences = tuple(
             SequenceRows(
                 tokens=canvas.tokens,
                 logit_positions=canvas.writable(),
                 keep=canvas.policy.needs().rows,
+                live_positions=plan.live_positions if plan else None,
+                frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
             )
-            for canvas in canvases
+            for canvas, plan in zip(canvases, plans, strict=True)
         )
         layout = pack(sequences, self.device)
-        hidden, tape = self.model.run(self.model.embed(layout.tokens), layout)
+        context = CachedRows(self.pool, layout, plans) if any(plans) else None
+        hidden, tape = self.model.run(self.model.embed(layout.tokens), layout, context)
         counts = layout.logit_lens
         log_probs = LogProbabilities(
             self.model,

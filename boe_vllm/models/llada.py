@@ -258,6 +258,11 @@ class LLaDAForDiffusion(nn.Module):
                 observe(index, dk, dv)
         return dx
 
+    def cache_shape(self) -> dict[str, int]:
+        """Layers, key heads on this rank and head size, for a pool of keys and values."""
+        block = self.blocks[0]
+        return dict(layers=len(self.blocks), heads=block.kv_heads, head_size=block.head_size)
+
     # ---- vocabulary ----------------------------------------------------------------------------
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
