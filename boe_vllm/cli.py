@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 # Command -> module with a `main(argv)`, imported only when the command is used.
-COMMANDS = {"bench": "boe_vllm.bench"}
+COMMANDS = {"bench": "boe_vllm.bench", "count-frequencies": "boe_vllm.frequencies"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from boe_vllm import options
+from boe_vllm import frequencies, options
+from boe_vllm.engine.schedule import Schedule
 from boe_vllm.policies import POLICY_NAMES, PolicyConfig, load_policy
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -38,6 +39,12 @@ class FrameConfig:
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
     """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    schedule: Schedule = "linear"
+    """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
+    at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
+    cfg_scale: Annotated[float, Field(ge=0)] = 0.0
+    """Classifier-free guidance w (LLaDA's option): logits `V_u + (w + 1)(V_c - V_u)`, with the
+    prompt masked in `V_u`; two forwards a step. 0 for none."""
     cache: Literal["none", "prefix", "dual"] = "none"
     """Keys and values frozen within a block (Fast-dLLM): none, those before the block, or those
     after it too. An approximation."""
@@ -65,6 +72,18 @@ class FrameConfig:
             _must_divide("gen_length", self.gen_length, "block_length", self.block_length)
 
 
+@options.options
+class ServerConfig:
+    """What only the server's own configuration may set, for whatever policy requests name."""
+
+    frequencies: str | None = None
+    """Path of a token frequency table, for the policy `pc`."""
+
+    def __post_init__(self) -> None:
+        if self.frequencies is not None:
+            frequencies.load(self.frequencies)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
     """A policy by name, its own settings, and the frame around it."""
@@ -74,11 +93,13 @@ class SamplerConfig:
     settings: PolicyConfig = dataclasses.field(
         default_factory=lambda: load_policy(DEFAULT_POLICY).Config()
     )
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a flat, JSON-ready mapping; `parse_sampler_config` reads it back."""
         flat: dict[str, Any] = {"policy": self.policy}
         flat.update(dataclasses.asdict(self.frame))
+        flat.update(dataclasses.asdict(self.server))
         flat.update(dataclasses.asdict(self.settings))
         return flat
 
@@ -109,9 +130,15 @@ def parse_sampler_config(
     A request that names another policy than the server's keeps the server's frame and starts
     from that policy's own defaults. Values may be JSON text, as `vllm_xargs` cannot nest.
 
+    Args:
+        fields: by name.
+        base: the server's configuration if the fields are a request's; None if they are the
+            server's own, which alone may set the fields of `ServerConfig`.
+
     Raises:
         ValueError: for an unknown or invalid field, naming it, what was expected and what came.
     """
+    own_word = base is None
     base = base or SamplerConfig()
     fields = {key: _plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
     policy = fields.pop("policy", base.policy)
@@ -121,6 +148,15 @@ def parse_sampler_config(
         )
     settings_class = load_policy(policy).Config
     frame_names, own_names = options.names(FrameConfig), options.names(settings_class)
+    server_names = options.names(ServerConfig)
+    server = {key: fields.pop(key) for key in server_names if key in fields}
+    if server and not own_word:
+        name = next(iter(server))
+        raise ValueError(
+            f"{name}: expected in the server's own configuration only, got {server[name]!r} in a "
+            f"request; remove it, and start the server with it in --sampler-config"
+        )
+    server_config = options.build(ServerConfig, dataclasses.asdict(base.server) | server)
     for name in fields:
         if name not in frame_names and name not in own_names:
             raise options.unknown_field(
@@ -133,11 +169,14 @@ def parse_sampler_config(
         if frame.get(name) is not None and other not in frame:
             inherited[other] = None
     settings = {key: value for key, value in fields.items() if key in own_names}
+    shared = dataclasses.asdict(server_config)
+    settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
     return SamplerConfig(
         policy=policy,
         frame=options.build(FrameConfig, inherited | frame),
         settings=options.build(settings_class, settings),
+        server=server_config,
     )
 
 

@@ -67,6 +67,13 @@ class RowStatistics:
     top_logprobs: FloatArray | None
     """[R, k] their log-probabilities, nats."""
 
+    def part(self, rows: slice) -> RowStatistics:
+        """The statistics of some of the rows."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return RowStatistics(
+            **{name: None if value is None else value[rows] for name, value in values.items()}
+        )
+
 
 class LogProbabilities:
     """Log-probabilities [R, V] of a pass, nats: kept if they fit the budget, else computed again."""

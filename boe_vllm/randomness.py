@@ -15,6 +15,9 @@ from boe_vllm.arrays import FloatArray, IntArray
 # Streams keep the draws of one step apart.
 WRITE, CHOOSE, REMASK, LOOKAHEAD = range(4)
 
+# Candidate sets of one step draw from streams of their own, from here on.
+CANDIDATES = 1 << 16
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)

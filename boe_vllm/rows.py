@@ -5,10 +5,10 @@ positions travel with the rows. So each sequence's rows are stored in two groups
 
     [ logit rows | other live rows ]
 
-Logit rows are those whose predictions are wanted. The rows that a backward needs ("active rows
-first") are the logit rows or all live rows, so they come first as well. Sequences follow each
-other; keys that are frozen (a cache, or the rows outside a partial pass) come after a sequence's
-live keys.
+Logit rows are those whose predictions are wanted: the masked ones first, then any further ones.
+The rows that a backward needs ("active rows first") are the masked logit rows or all live rows, so
+they come first as well. Sequences follow each other; keys that are frozen (a cache, or the rows
+outside a partial pass) come after a sequence's live keys.
 
 Legend: `T` packed live rows, `R` packed logit rows, `K` packed kept rows, `S` sequences.
 """
@@ -34,13 +34,20 @@ class SequenceRows:
     tokens: IntArray
     """[L] token ids of the whole sequence."""
     logit_positions: IntArray
-    """Positions whose predictions are wanted, ascending."""
+    """Masked positions whose predictions are wanted, ascending."""
+    extra_positions: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """Further positions whose predictions are wanted, ascending; their rows come after."""
     keep: Literal["none", "masked", "all"] = "none"
-    """Rows whose activations are kept: none, the logit rows, or all live rows."""
+    """Rows whose activations are kept: none, those of `logit_positions`, or all live rows."""
     live_positions: IntArray | None = None
     """Positions that are computed; None for all."""
     frozen_rows: int = 0
     """Keys of this sequence that are given, not computed."""
+
+    @property
+    def wanted_positions(self) -> IntArray:
+        """Positions whose predictions are wanted, in the order of their rows."""
+        return np.concatenate([self.logit_positions, self.extra_positions])
 
     @property
     def live_rows(self) -> int:
@@ -116,18 +123,20 @@ class RowLayout:
 
 def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
     """Order and concatenate the rows of all sequences; one transfer to the device."""
-    tokens, positions = [], []
+    tokens, positions = [np.empty(0, np.int64)], []
     for rows in sequences:
         order = _packed_order(rows)
         positions.append(order)
         tokens.append(rows.tokens[order])
-    packed = np.stack([np.concatenate(tokens), np.concatenate(positions)])
+    packed = np.stack([np.concatenate(tokens), np.concatenate([tokens[0], *positions])])
     on_device = torch.from_numpy(packed).to(device, non_blocking=True)
     return RowLayout(
         tokens=on_device[0],
         positions=on_device[1],
         live_lens=tuple(map(len, positions)),
-        logit_lens=tuple(len(rows.logit_positions) for rows in sequences),
+        logit_lens=tuple(
+            len(rows.logit_positions) + len(rows.extra_positions) for rows in sequences
+        ),
         kept_lens=tuple(rows.kept_rows for rows in sequences),
         frozen_lens=tuple(rows.frozen_rows for rows in sequences),
         row_positions=tuple(positions),
@@ -135,10 +144,11 @@ def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
 
 
 def _packed_order(rows: SequenceRows) -> IntArray:
-    """[live] positions: the logit rows, then the others, each ascending."""
+    """[live] positions: the masked logit rows, the further ones, the others, each ascending."""
     length = len(rows.tokens)
     live = np.arange(length) if rows.live_positions is None else rows.live_positions
-    rank = np.ones(length, dtype=np.int8)
+    rank = np.full(length, 2, dtype=np.int8)
+    rank[rows.extra_positions] = 1
     rank[rows.logit_positions] = 0
     return live[np.argsort(rank[live], kind="stable")]
 

@@ -1,5 +1,7 @@
 """The denoising loop: LLaDA's schedule, results that no batch changes, counted cost, errors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 
 MASK, EOS = 28, 27
-VARIANTS = [{"policy": name} for name in sorted(POLICY_NAMES)] + [
+TABLE = Path(__file__).parent / "data" / "frequencies_29.json"
+NEEDED = {"pc": {"frequencies": str(TABLE)}}
+VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NAMES)] + [
     {"policy": "boe", "surrogate": "mask"},
     {"policy": "boe", "surrogate": "inject"},
     {"policy": "boe", "surrogate": "inject", "context": "exact", "active": "all"},
@@ -64,7 +68,7 @@ def finish(loop, ids=None):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values()))[:40])
 def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperature):
     rng = np.random.default_rng(5)
     prompt = rng.integers(0, 25, 9).tolist()

@@ -2,7 +2,8 @@
 
 Each sequence has calls of its own, never a padded batch, and neighbours are never merged: the
 shapes that a kernel sees, and with them the order of its sums, depend on that sequence alone. A
-sequence's result is therefore the same, to the last bit, alone and in any batch.
+sequence's result is therefore the same, to the last bit, alone and in any batch. (Head widths that
+8 divides; others shift rows in memory to where MKL's kernels may sum in another order.)
 
 The backward works on active queries only. Per sequence with `a` active rows:
 
@@ -111,8 +112,10 @@ def backward(
     ]
     sizes = [h * r * group * s for (h, r), s in zip(tiles, layout.kv_seqlens, strict=True)]
     # One pair of buffers for all tiles: fresh memory for each would cost more in page faults than
-    # the softmax does in arithmetic.
-    buffers = q_AHD.new_empty((2, max(sizes, default=0)), dtype=dtype).unbind()
+    # the softmax does in arithmetic. Rounded up, so that the second one's alignment does not
+    # depend on the batch.
+    size = -(-max(sizes, default=0) // 64) * 64
+    buffers = q_AHD.new_empty((2, size), dtype=dtype).unbind()
     for i, (tile_heads, tile_rows) in enumerate(tiles):
         if not layout.active_seqlens[i]:
             continue

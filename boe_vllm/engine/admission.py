@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,7 @@ def check(
         if hasattr(value, "shape") or value not in neutral:
             raise VLLMValidationError(
                 f"{name} is not supported by masked diffusion decoding: expected "
-                f"{neutral[0]!r}, got {value!r}; remove it",
+                f"{neutral[0]!r}, got {' '.join(reprlib.repr(value).split())}; remove it",
                 parameter=name,
             )
     vocab_size = vllm_config.model_config.get_vocab_size()

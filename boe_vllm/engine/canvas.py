@@ -11,6 +11,7 @@ Legend: `L` positions of prompt and canvas, `M` masked positions that may be wri
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ import numpy as np
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
 from boe_vllm.config import CanvasPlan, SamplerConfig
+from boe_vllm.engine import schedule
 from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
 from boe_vllm.policies import Policy, load_policy
-from boe_vllm.policies.base import Commit, View
+from boe_vllm.policies.base import Commit, Revision, View
 from boe_vllm.prediction import RowStatistics
+from boe_vllm.steering.step import NextStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +104,7 @@ class Canvas:
         self.mask_token_id = mask_token_id
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
+        self.device_memory: dict[str, Any] = {}
         self.account = Account()
         self.emitted = 0
         length = len(self.tokens)
@@ -112,6 +116,10 @@ class Canvas:
             assert pool is not None
             frame = self.config.frame
             self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
+        self.carried: RowStatistics | None = None
+        """The coming step's prediction, if the last step's look-ahead has made it already."""
+        self.settled = True
+        """Nothing that this block has written can be remasked any more."""
         self.block = -1
         self._next_block()
 
@@ -126,15 +134,30 @@ class Canvas:
         """[M] positions of the current block that are masked, ascending."""
         return self.block_start + np.flatnonzero(self.masked[self.block_start : self.block_end])
 
+    def upcoming(self) -> IntArray:
+        """Masked positions of the block after the current one, ascending."""
+        end = self.block_end + self.plan.block_length
+        return self.block_end + np.flatnonzero(self.masked[self.block_end : end])
+
+    def written(self) -> IntArray:
+        """[W] positions of the current block that are written, ascending."""
+        return self.block_positions[~self.masked[self.block_positions]]
+
     def quota(self) -> int:
         """Tokens due in this step."""
         masks = int(self.masked[self.block_start : self.block_end].sum())
-        steps = self.block_steps
-        due = self.block_masks // steps + (self.block_step < self.block_masks % steps)
-        return min(masks, max(1, due))
+        due = schedule.due(
+            self.config.frame.schedule,
+            masks=self.block_masks,
+            steps=self.block_steps,
+            step=self.block_step,
+            written=self.block_masks - masks,
+        )
+        return min(masks, due)
 
     def _next_block(self) -> None:
         """Move on to the first block, from the current one, that has masks."""
+        self.carried, self.settled = None, True
         while not self.done:
             self.block += 1
             start = self.prompt_len + self.block * self.plan.block_length
@@ -146,14 +169,17 @@ class Canvas:
             self.block_step = 0
             if self.block_masks:
                 self.block_steps = self.plan.steps_for(self.block_masks)
+                self.step_limit = self.policy.step_limit(self.block_masks, self.block_steps)
                 return
 
-    def cache_plan(self) -> CachePlan | None:
-        """What the coming pass stores or reads; None without a cache."""
+    def cache_plan(self, ahead: int = 0) -> CachePlan | None:
+        """What the coming pass, or one `ahead` of it, stores or reads; None without a cache."""
         if self.cache is None:
             return None
         return self.cache.plan(
-            block=self.block, block_step=self.block_step, block_positions=self.block_positions
+            block=self.block,
+            block_step=self.block_step + ahead,
+            block_positions=self.block_positions,
         )
 
     def release(self) -> None:
@@ -163,17 +189,43 @@ class Canvas:
 
     # ---- a step --------------------------------------------------------------------------------
 
-    def uniforms(self, positions: IntArray) -> np.ndarray:
-        """[M] the random numbers behind this step's proposals."""
+    def uniforms(self, positions: IntArray, ahead: int = 0) -> np.ndarray:
+        """[M] the random numbers behind the proposals of this step or of one `ahead` of it."""
         return randomness.uniforms(
             self.params.seed,
-            step=self.account.denoising_steps,
+            step=self.account.denoising_steps + ahead,
             positions=positions,
             stream=randomness.WRITE,
         )
 
+    def next_step(self) -> NextStep:
+        """How the step after the coming one would be computed, if it stays in this block."""
+        return NextStep(
+            temperature=self.params.temperature,
+            uniforms=functools.partial(self.uniforms, ahead=1),
+            eos_forbidden=self.config.frame.logits_eos_inf,
+            top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
+            cache=self.cache_plan(ahead=1),
+        )
+
     def view(self, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:
-        """What the policy sees; `rows` are this request's rows of the statistics."""
+        """What the policy sees.
+
+        Args:
+            positions: [M] the masked ones.
+            rows: of the statistics that are this request's: those of `positions`, then, if the
+                policy needs a revision, those of the written positions.
+            statistics: of the step's forward, or carried over.
+        """
+        written, revision = self.written(), None
+        if self.policy.needs().revision:
+            again = slice(rows.start + len(positions), rows.start + len(positions) + len(written))
+            revision = Revision(
+                proposal=statistics.proposal[again],
+                confidence=statistics.confidence[again],
+                entropy=statistics.entropy[again],
+            )
+        rows = slice(rows.start, rows.start + len(positions))
         proposal = statistics.proposal[rows]
         confidence = statistics.confidence[rows]
         if self.config.frame.confidence_eos_eot_inf:
@@ -191,20 +243,28 @@ class Canvas:
             step=self.account.denoising_steps,
             block_step=self.block_step,
             block_steps=self.block_steps,
+            block_start=self.prompt_len + self.block * self.plan.block_length,
             vocab_size=self.vocab_size,
             seed=self.params.seed,
+            temperature=self.params.temperature,
+            written=written,
+            revision=revision,
             memory=self.memory,
         )
 
     def apply(self, commit: Commit, view: View, rows: slice, statistics: RowStatistics) -> None:
-        """Write and remask what the policy decided, and note it."""
+        """Write and remask what the policy decided, and note it.
+
+        Raises:
+            ValueError: for a decision that no rule may make.
+        """
+        if self.block_step + 1 >= self.step_limit:
+            commit = finishing(commit, view)
         chosen = commit.chosen
         positions = view.positions[chosen]
         tokens = view.proposal[chosen] if commit.tokens is None else commit.tokens
-        if len(chosen) == 0 and len(commit.remask) == 0:
+        if len(chosen) == 0 and len(commit.remask) == 0 and not commit.idle:
             raise ValueError(f"policy {self.policy.name!r} decided nothing in step {view.step}")
-        self.tokens[commit.remask] = self.mask_token_id
-        self.masked[commit.remask] = True
         self.tokens[positions] = tokens
         self.masked[positions] = False
         self.step_of[positions] = view.step
@@ -215,10 +275,37 @@ class Canvas:
         if self.params.logprobs:
             for index, position in zip(chosen, positions, strict=True):
                 self.logprobs_of[int(position)] = self._logprobs(int(index), rows.start, statistics)
+        self._remask(commit.remask)
         self.account.denoising_steps += 1
         self.block_step += 1
+        self.settled = commit.settled
+        self._carry(commit.carry)
         if not self.masked[self.block_start : self.block_end].any():
             self._next_block()
+
+    def _remask(self, positions: IntArray) -> None:
+        sent = (positions >= self.prompt_len) & (positions < self.prompt_len + self.emitted)
+        if sent.any() or not np.isin(positions, self.block_positions).all():
+            raise ValueError(
+                f"policy {self.policy.name!r} remasked positions that may not change any more: "
+                f"expected some of {self.block_positions.tolist()} that are not sent, got "
+                f"{positions.tolist()}"
+            )
+        self.tokens[positions] = self.mask_token_id
+        self.masked[positions] = True
+        self.step_of[positions] = -1
+        for noted in (self.entropy_of, self.confidence_of, self.score_of):
+            noted[positions] = np.nan
+
+    def _carry(self, prediction: RowStatistics | None) -> None:
+        """Keep the coming step's prediction, unless its forward has to refresh the cache."""
+        plan = self.cache_plan()
+        self.carried = None if plan is not None and plan.refresh else prediction
+        if self.carried is not None and len(self.carried.proposal) != len(self.writable()):
+            raise ValueError(
+                f"policy {self.policy.name!r} carried a prediction of another state: expected one "
+                f"of {len(self.writable())} masks, got {len(self.carried.proposal)}"
+            )
 
     def _logprobs(self, index: int, first_row: int, statistics: RowStatistics) -> TokenLogprobs:
         row = first_row + index
@@ -239,6 +326,8 @@ class Canvas:
         grown = int(ahead.argmax()) if ahead.any() else len(ahead)
         if self.masked[: self.prompt_len].any():  # infilling: what comes before is not written yet
             grown = 0
+        if not self.settled:  # what this block has written may still be remasked
+            grown = max(0, min(grown, self.block_start - start))
         self.emitted += grown
         return self.tokens[start : start + grown].tolist()
 
@@ -261,6 +350,17 @@ class Canvas:
                 "score": _rounded(self.score_of[committed]),
             }
         return report
+
+
+def finishing(commit: Commit, view: View) -> Commit:
+    """The commit that ends its block: it also writes what the policy would leave masked."""
+    tokens = view.proposal[commit.chosen] if commit.tokens is None else commit.tokens
+    left = np.setdiff1d(np.arange(len(view.positions)), commit.chosen)
+    return Commit(
+        chosen=np.concatenate([commit.chosen, left]),
+        tokens=np.concatenate([tokens, view.proposal[left]]),
+        scores=commit.scores,
+    )
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:

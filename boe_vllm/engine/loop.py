@@ -6,6 +6,7 @@ request -> canvas -> rows -> denoiser -> prediction -> policy (-> steering) -> c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from boe_vllm.engine.cache import CachedRows, KeyValuePool
+from boe_vllm.engine.cache import CachedRows, CachePlan, KeyValuePool
 from boe_vllm.engine.canvas import Canvas, RequestParams, TokenLogprobs
 from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.policies.base import Commit, View
@@ -26,7 +27,7 @@ from boe_vllm.prediction import (
 )
 from boe_vllm.rows import SequenceRows, pack
 from boe_vllm.steering.answers import answer
-from boe_vllm.steering.step import DenoisingPass
+from boe_vllm.steering.step import DEFAULT_ROW_BUDGET, DenoisingPass
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class DenoisingLoop:
         device: torch.device,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         cache_rows: int = 0,
+        row_budget: int = DEFAULT_ROW_BUDGET,
     ) -> None:
         """Wrap a loaded model.
 
@@ -71,6 +73,7 @@ class DenoisingLoop:
             device: where the model lives.
             budget_bytes: largest temporary of rows x vocabulary.
             cache_rows: rows of keys and values that requests with a cache may hold together.
+            row_budget: most rows of one packed look-ahead pass, unless one state alone has more.
         """
         self.model = model
         self.mask_token_id = mask_token_id
@@ -78,6 +81,7 @@ class DenoisingLoop:
         self.late_tokens = late_tokens
         self.device = device
         self.budget_bytes = budget_bytes
+        self.row_budget = row_budget
         weight = next(model.parameters())
         self.pool = KeyValuePool(
             cache_rows, **model.cache_shape(), dtype=weight.dtype, device=device
@@ -108,6 +112,8 @@ class DenoisingLoop:
         running = [r for r in request_ids if r not in results]
         if not running:
             return results
+        # Those whose prediction the last look-ahead has made already have no rows: they come last.
+        running.sort(key=lambda r: self.canvases[r].carried is not None)
         canvases = [self.canvases[r] for r in running]
         current, statistics = self._predict(canvases)
         views, errors = self._views(canvases, current, statistics)
@@ -116,7 +122,8 @@ class DenoisingLoop:
             commit, view = commits.get(n), views.get(n)
             if commit is not None and view is not None:
                 try:
-                    canvas.apply(commit, view, _logit_rows(current, n), statistics)
+                    rows, own = _reading(canvas, current, n, statistics)
+                    canvas.apply(commit, view, rows, own)
                 except ValueError as error:
                     errors[n] = str(error)
             results[request_id] = self._result(canvas, errors.get(n))
@@ -127,41 +134,50 @@ class DenoisingLoop:
     def _predict(self, canvases: Sequence[Canvas]) -> tuple[DenoisingPass, RowStatistics]:
         """The step's own forward and the statistics of every writable position."""
         plans = [canvas.cache_plan() for canvas in canvases]
-        sequences = tuple(
-            SequenceRows(
-                tokens=canvas.tokens,
-                logit_positions=canvas.writable(),
-                keep=canvas.policy.needs().rows,
-                live_positions=plan.live_positions if plan else None,
-                frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
-            )
-            for canvas, plan in zip(canvases, plans, strict=True)
-        )
-        layout = pack(sequences, self.device)
-        context = CachedRows(self.pool, layout, plans) if any(plans) else None
-        hidden, tape = self.model.run(self.model.embed(layout.tokens), layout, context)
-        counts = layout.logit_lens
+        sequences = tuple(map(_rows_of, canvases, plans))
+        fresh = [canvas for canvas in canvases if canvas.carried is None]
+        layout = pack(sequences[: len(fresh)], self.device)
+        hidden, tape = self.model.embed(layout.tokens), None
+        if fresh:
+            plans = plans[: len(fresh)]
+            context = CachedRows(self.pool, layout, plans) if any(plans) else None
+            hidden, tape = self.model.run(hidden, layout, context)
+        counts = np.array(layout.logit_lens, np.int64)
         log_probs = LogProbabilities(
             self.model,
             hidden,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
-            forbidden=np.repeat([c.config.frame.logits_eos_inf for c in canvases], counts),
+            forbidden=np.repeat(
+                np.array([c.config.frame.logits_eos_inf for c in fresh], bool), counts
+            ),
             budget_bytes=self.budget_bytes,
         )
         writes = RowWrites(
-            temperature=np.repeat([c.params.temperature for c in canvases], counts),
+            temperature=np.repeat(np.array([c.params.temperature for c in fresh]), counts),
             uniform=np.concatenate(
-                [c.uniforms(s.logit_positions) for c, s in zip(canvases, sequences, strict=True)]
+                [np.empty(0)]
+                + [c.uniforms(s.wanted_positions) for c, s in zip(fresh, sequences, strict=False)]
             ),
-            top_logprobs=max(c.params.logprobs * max(1, c.params.top_logprobs) for c in canvases),
+            top_logprobs=max(
+                (c.params.logprobs * max(1, c.params.top_logprobs) for c in fresh), default=0
+            ),
         )
-        statistics = read_statistics(log_probs, writes, keep=tape is not None)
-        for canvas, live in zip(canvases, layout.live_lens, strict=True):
+        again = tape is not None or any(c.policy.needs().distributions for c in fresh)
+        statistics = read_statistics(log_probs, writes, keep=again)
+        for canvas, live in zip(fresh, layout.live_lens, strict=True):
             canvas.account.forwards += 1
             canvas.account.rows_forward += live
         current = DenoisingPass(
-            model=self.model, sequences=sequences, layout=layout, log_probs=log_probs, tape=tape
+            model=self.model,
+            sequences=sequences,
+            layout=layout,
+            log_probs=log_probs,
+            tape=tape,
+            next_steps=tuple(canvas.next_step() for canvas in canvases),
+            device_memory=tuple(canvas.device_memory for canvas in canvases),
+            open_cache=functools.partial(CachedRows, self.pool),
+            row_budget=self.row_budget,
         )
         return current, statistics
 
@@ -171,10 +187,10 @@ class DenoisingLoop:
         """The view of every request whose logits are finite, and an error for the others."""
         views, errors = {}, {}
         for n, canvas in enumerate(canvases):
-            rows = _logit_rows(current, n)
-            if statistics.finite[rows].all():
+            rows, own = _reading(canvas, current, n, statistics)
+            if own.finite[rows].all():
                 positions = current.sequences[n].logit_positions
-                views[n] = canvas.view(positions, rows, statistics)
+                views[n] = canvas.view(positions, rows, own)
             else:
                 errors[n] = (
                     f"the model's logits are not finite in denoising step "
@@ -224,6 +240,28 @@ class DenoisingLoop:
         )
 
 
-def _logit_rows(current: DenoisingPass, sequence: int) -> slice:
+def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
+    """The rows that one request's step computes."""
+    needs = canvas.policy.needs()
+    written, upcoming = canvas.written(), canvas.upcoming()
+    if plan and plan.live_positions is not None:
+        upcoming = np.intersect1d(upcoming, plan.live_positions)
+    extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
+    return SequenceRows(
+        tokens=canvas.tokens,
+        logit_positions=canvas.writable(),
+        extra_positions=np.concatenate(extra),
+        keep=needs.rows,
+        live_positions=plan.live_positions if plan else None,
+        frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
+    )
+
+
+def _reading(
+    canvas: Canvas, current: DenoisingPass, sequence: int, statistics: RowStatistics
+) -> tuple[slice, RowStatistics]:
+    """Which rows of which statistics are a request's: of the step's own, or those carried over."""
+    if canvas.carried is not None:
+        return slice(0, len(canvas.carried.proposal)), canvas.carried
     start = current.layout.logit_starts[sequence]
-    return slice(start, start + current.layout.logit_lens[sequence])
+    return slice(start, start + current.layout.logit_lens[sequence]), statistics

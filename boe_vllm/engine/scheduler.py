@@ -30,6 +30,8 @@ REPORT_KEY = "boe"
 class DiffusionScheduler(Scheduler):
     """vLLM's scheduler with rows instead of tokens. See the module's text."""
 
+    max_num_active_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Our runner reads preempted and resumed requests the way of vLLM's first runner.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from boe_vllm import randomness
 from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.options import options
 from boe_vllm.steering.asks import Ask
+
+if TYPE_CHECKING:
+    from boe_vllm.prediction import RowStatistics
 
 SCORE_GRID = 2.0**-16
 """Scores are compared on this grid, so that rounding decides nothing: see `top`."""
@@ -33,6 +36,18 @@ class PolicyConfig:
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
         """The given fields over the server's settings of the same policy, if there are any."""
         return (dataclasses.asdict(base) if base is not None else {}) | dict(fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Revision:
+    """What the denoiser would write now at positions of the block that are written already."""
+
+    proposal: IntArray
+    """[W] the token: argmax, or a sample at temperature > 0; never MASK."""
+    confidence: FloatArray
+    """[W] untempered probability of that token."""
+    entropy: FloatArray
+    """[W] entropy of the prediction, nats."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +76,25 @@ class View:
     """Denoising steps of the current block so far."""
     block_steps: int
     """Denoising steps planned for the current block."""
+    block_start: int = 0
+    """Where the current block begins on the canvas; masks inside the prompt lie before it."""
     vocab_size: int
     """Number of tokens V."""
     seed: int
     """Seed of the request."""
-    memory: dict[str, Any]
+    temperature: float = 0.0
+    """0 if proposals are the argmax."""
+    written: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """[W] absolute positions of the current block that earlier steps wrote, ascending."""
+    revision: Revision | None = None
+    """What would be written there now, if the policy needs it."""
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The policy's own notes on this request; kept across its steps."""
+
+    @property
+    def block_masks(self) -> int:
+        """Masked positions of the current block at its start."""
+        return len(self.positions) + len(self.written)
 
     def uniforms(self, stream: int) -> FloatArray:
         """[M] random numbers in (0, 1): a function of the request's seed, the step and position."""
@@ -84,7 +112,14 @@ class Commit:
     tokens: IntArray | None = None
     """Tokens to write, one per chosen index; None writes the proposals."""
     remask: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    """Absolute positions to mask again."""
+    """Absolute positions of the block to mask again, once the chosen ones are written."""
+    settled: bool = True
+    """No later step of this block remasks anything, so that what it has written may be sent."""
+    idle: bool = False
+    """The rule writes and remasks nothing in this step; the block's step limit still holds."""
+    carry: RowStatistics | None = None
+    """The prediction of the very state that this commit leads to, if a look-ahead made one: the
+    next step then needs no forward of its own."""
     scores: FloatArray | None = None
     """[M] the scores that the choice was made by, for traces."""
 
@@ -95,6 +130,12 @@ class Needs:
 
     rows: str = "none"
     """Rows whose activations are kept for a backward: "none", "masked" or "all"."""
+    distributions: bool = False
+    """Whether asks read the step's log-probabilities again, so that they are worth keeping."""
+    next_block: bool = False
+    """Whether asks read the final states of the next block's masked positions as well."""
+    revision: bool = False
+    """Whether predictions at written positions of the block are wanted (`View.revision`)."""
 
 
 class Policy:
@@ -115,23 +156,18 @@ class Policy:
         """What the step's forward must keep for this policy."""
         return Needs()
 
+    def step_limit(self, masks: int, steps: int) -> int:
+        """Denoising steps after which the engine itself writes whatever a block still masks.
+
+        Args:
+            masks: masked positions of the block at its start.
+            steps: steps planned for the block.
+        """
+        return max(masks, steps)
+
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Decide one denoising step; a generator that may yield asks and returns a `Commit`."""
         raise NotImplementedError
-
-
-class LocalPolicy(Policy):
-    """A policy that ranks positions by a score of their own prediction: the top `b` are written."""
-
-    def score(self, view: View) -> FloatArray:
-        """[M] higher is written earlier."""
-        raise NotImplementedError
-
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
-        """Commit the `quota` best positions."""
-        scores = self.score(view)
-        return Commit(chosen=top(scores, view.quota), scores=scores)
-        yield  # a generator like every policy's step
 
 
 def top(scores: FloatArray, count: int) -> IntArray:

@@ -1,14 +1,16 @@
-"""Commit the surest proposals (`remasking="low_confidence"` of ML-GSAI/LLaDA `generate.py`)."""
+"""Commit the surest proposals (`remasking="low_confidence"` of ML-GSAI/LLaDA `generate.py`;
+`maskgit_plus` of Dream)."""
 
 from boe_vllm.arrays import FloatArray
-from boe_vllm.policies.base import LocalPolicy, View
+from boe_vllm.policies.base import View
+from boe_vllm.policies.local import CertaintyPolicy
 
 
-class ConfidencePolicy(LocalPolicy):
+class ConfidencePolicy(CertaintyPolicy):
     """Score: untempered probability of the proposed token."""
 
     name = "confidence"
 
-    def score(self, view: View) -> FloatArray:
+    def certainty(self, view: View) -> FloatArray:
         """[M] probabilities."""
         return view.confidence

@@ -1,16 +1,15 @@
 """Commit where the prediction is least uncertain (Koh et al. 2024; `entropy` of Dream)."""
 
-import numpy as np
-
 from boe_vllm.arrays import FloatArray
-from boe_vllm.policies.base import LocalPolicy, View
+from boe_vllm.policies.base import View
+from boe_vllm.policies.local import CertaintyPolicy
 
 
-class EntropyPolicy(LocalPolicy):
+class EntropyPolicy(CertaintyPolicy):
     """Score: negative entropy of the prediction, nats."""
 
     name = "entropy"
 
-    def score(self, view: View) -> FloatArray:
-        """[M] negative entropies; -inf where an early commit is forbidden."""
-        return np.where(np.isneginf(view.confidence), -np.inf, -view.entropy)
+    def certainty(self, view: View) -> FloatArray:
+        """[M] negative entropies."""
+        return -view.entropy

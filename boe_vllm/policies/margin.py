@@ -1,16 +1,15 @@
-"""Commit where the best token leads the second by most (Kim et al. 2025; `topk_margin` of Dream)."""
-
-import numpy as np
+"""Commit where the best token leads the second by most (Kim et al. 2025; Dream's `topk_margin`)."""
 
 from boe_vllm.arrays import FloatArray
-from boe_vllm.policies.base import LocalPolicy, View
+from boe_vllm.policies.base import View
+from boe_vllm.policies.local import CertaintyPolicy
 
 
-class MarginPolicy(LocalPolicy):
+class MarginPolicy(CertaintyPolicy):
     """Score: largest minus second largest probability."""
 
     name = "margin"
 
-    def score(self, view: View) -> FloatArray:
-        """[M] margins; -inf where an early commit is forbidden."""
-        return np.where(np.isneginf(view.confidence), -np.inf, view.margin)
+    def certainty(self, view: View) -> FloatArray:
+        """[M] margins."""
+        return view.margin

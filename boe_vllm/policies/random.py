@@ -2,14 +2,15 @@
 
 from boe_vllm import randomness
 from boe_vllm.arrays import FloatArray
-from boe_vllm.policies.base import LocalPolicy, View
+from boe_vllm.policies.base import View
+from boe_vllm.policies.local import LocalPolicy, allowed
 
 
 class RandomPolicy(LocalPolicy):
-    """Score: U(0, 1) per position and step."""
+    """Score: U(0, 1) per position and step; forbidden early commits come last."""
 
     name = "random"
 
     def score(self, view: View) -> FloatArray:
         """[M] uniform numbers."""
-        return view.uniforms(randomness.CHOOSE)
+        return allowed(view.uniforms(randomness.CHOOSE), view)

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from boe_vllm.steering.asks import Ask, TokenImportance
+from boe_vllm.steering.asks import (
+    Ask,
+    Conditional,
+    Coupling,
+    Lookahead,
+    PredictionChange,
+    TokenImportance,
+)
+from boe_vllm.steering.change import prediction_change
+from boe_vllm.steering.coupling.solve import conditional, coupling
 from boe_vllm.steering.importance import token_importance
+from boe_vllm.steering.lookahead import lookahead
 from boe_vllm.steering.step import Answer, DenoisingPass
 
 _SOLVERS: dict[type[Ask], Callable[[DenoisingPass, Sequence[tuple[int, Any]]], list[Answer]]] = {
     TokenImportance: token_importance,
+    Coupling: coupling,
+    Conditional: conditional,
+    PredictionChange: prediction_change,
+    Lookahead: lookahead,
 }
 
 

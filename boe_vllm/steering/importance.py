@@ -64,7 +64,6 @@ def _single_pass(
     changes, response = None, None
     if revealing:
         changes = reveal(
-            model,
             soft[places],
             current,
             [asks[n][0] for n in revealing],

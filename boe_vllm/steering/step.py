@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from boe_vllm.arrays import IntArray
-from boe_vllm.models.llada import LLaDAForDiffusion, Tape
+from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout, SequenceRows
+
+if TYPE_CHECKING:
+    from boe_vllm.engine.cache import CachePlan
+
+DEFAULT_ROW_BUDGET = 8192
+"""Most rows of one packed look-ahead pass, unless one state alone has more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NextStep:
+    """How a sequence's next step would be computed and would propose tokens."""
+
+    temperature: float
+    """Of its proposals."""
+    uniforms: Callable[[IntArray], FloatArray]
+    """The random numbers behind them, for given positions."""
+    eos_forbidden: bool = False
+    """Whether EOS is never proposed."""
+    top_logprobs: int = 0
+    """Most likely tokens that the request reports per row."""
+    cache: CachePlan | None = None
+    """What it would read from or store in the request's cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DenoisingPass:
-    """A forward over the live rows of all sequences, with what it left behind."""
+    """A forward over the live rows of all sequences, with what it left behind.
+
+    Sequences whose prediction was carried over from the last step's look-ahead come last and have
+    no rows here.
+    """
 
     model: LLaDAForDiffusion
     sequences: tuple[SequenceRows, ...]
     layout: RowLayout
     log_probs: LogProbabilities
     tape: Tape | None
+    next_steps: tuple[NextStep, ...] = ()
+    """For each sequence."""
+    device_memory: tuple[dict[str, Any], ...] = ()
+    """For each sequence, what solvers keep on the device from one step to the next."""
+    open_cache: Callable[[RowLayout, Sequence[CachePlan | None]], KeyValueContext] | None = None
+    """Where a further pass finds the stored keys and values of its sequences."""
+    row_budget: int = DEFAULT_ROW_BUDGET
+    """Most rows of one look-ahead pass."""
 
     @property
     def device(self) -> torch.device:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.attention.revealed import revealed_attention
 from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout
+from boe_vllm.steering.partial import States, run_partial
 from boe_vllm.steering.step import DenoisingPass
 
 Tensor = torch.Tensor
@@ -45,7 +45,6 @@ class Revealed:
 
 
 def reveal(
-    model: LLaDAForDiffusion,
     soft_CD: Tensor,
     current: DenoisingPass,
     sequences: Sequence[int],
@@ -54,40 +53,26 @@ def reveal(
     """Run each candidate's row alone with its soft write, all other rows frozen as they were.
 
     Args:
-        model: the network.
         soft_CD: soft writes, packed in the order of `sequences`.
         current: the step's pass, with its tape.
         sequences: the sequence of each ask.
         candidates: per ask, indices into the sequence's masked positions.
     """
     assert current.tape is not None
-    layout = current.layout.attention
-    kept = torch.from_numpy(np.concatenate(list(map(current.kept_rows, sequences, candidates))))
-    own = torch.from_numpy(np.concatenate(list(map(current.key_rows, sequences, candidates))))
-    kept, own = kept.to(current.device), own.to(current.device)
-    rotary = current.tape.rotary_2K1p[:, kept]
+    layers = current.tape.layers
+    rows = np.concatenate(list(map(current.key_rows, sequences, candidates)))
+    own = torch.from_numpy(rows).to(current.device)
     changes = Revealed([], [])
-    x = soft_CD
-    last = len(model.blocks) - 1
-    for index, (block, tape) in enumerate(zip(model.blocks, current.tape.layers, strict=True)):
-        q, k, v = block.project(x, rotary)
-        changes.keys.append(k - tape.keys_SGP[own])
-        changes.values.append(v - tape.values_SGP[own])
-        if index == last:  # nothing reads the candidates' final states
-            break
-        mixed = revealed_attention(
-            q,
-            k,
-            v,
-            tape.keys_SGP,
-            tape.values_SGP,
-            own_rows=own,
-            candidate_lens=list(map(len, candidates)),
-            kv_starts=[layout.kv_starts[s] for s in sequences],
-            kv_lens=[layout.kv_seqlens[s] for s in sequences],
-            scale=block.scale,
-        )
-        x, _ = block.feed(block.attend(x, mixed))
+
+    def note(layer: int, keys_CGP: Tensor, values_CGP: Tensor) -> None:
+        changes.keys.append(keys_CGP - layers[layer].keys_SGP[own])
+        changes.values.append(values_CGP - layers[layer].values_SGP[own])
+
+    states = [
+        States(sequence=s, places=index[:, None])
+        for s, index in zip(sequences, candidates, strict=True)
+    ]
+    run_partial(current, states, soft_CD, observe=note, final=False)
     return changes
 
 

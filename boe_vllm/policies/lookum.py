@@ -1,0 +1,128 @@
+"""LookUM, look-ahead unmasking: one of `k` drawn sets, by the certainty of what follows (Lee et al.
+2025, arXiv 2511.05563; the authors' code was not public when this was written).
+
+From the paper: a pool of the most certain positions; `k` sets of `b` positions drawn from it; one
+forward for each next state; its reward is the mean negative entropy; one of the sets is taken with
+importance weights `softmax(reward / tau)`.
+
+**What the paper leaves open, and what we chose** (each is a setting): `tau` (0.1 nats), the draw's
+distribution (uniform), which positions the mean runs over (all that are still masked), which
+certainty orders the pool (confidence). What is written is the step's proposal: the argmax at
+temperature 0, a sample above. A pool smaller than `b` is enlarged to `b`; with one possible set
+nothing is looked at. Sets drawn twice are looked at once and keep their double weight. The chosen
+state's forward serves the next step: `k` forwards a step, one more at the start of a block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from boe_vllm import randomness
+from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.options import options
+from boe_vllm.policies.base import SCORE_GRID, Commit, Policy, PolicyConfig, View, top
+from boe_vllm.policies.local import allowed, scores_of_a_draw
+from boe_vllm.steering.asks import Ask, Lookahead, Observed
+
+
+@options
+class LookUMConfig(PolicyConfig):
+    """Settings of `lookum`; see the module for which of them are the paper's."""
+
+    paths: Annotated[int, Field(ge=1)] = 2
+    """k, sets drawn per step (paper)."""
+    pool_size: Annotated[int, Field(ge=1)] = 5
+    """Most certain positions that sets are drawn from (paper)."""
+    pool_threshold: float | None = None
+    """Instead, all positions at least this certain (paper's alternative); in nats and negative for
+    certainty "entropy"."""
+    certainty: Literal["confidence", "margin", "entropy"] = "confidence"
+    """What the pool is ordered by, "entropy" meaning negative entropy (ours)."""
+    draw: Literal["uniform", "certainty"] = "uniform"
+    """How a set is drawn without replacement: uniformly, or from softmax(certainty /
+    draw_temperature) (ours)."""
+    draw_temperature: Annotated[float, Field(gt=0)] = 0.2
+    """For `draw="certainty"` (ours)."""
+    tau: Annotated[float, Field(ge=0)] = 0.1
+    """Temperature of the importance weights, nats; 0 takes the best (ours)."""
+    observe: Observed = "masked"
+    """Positions of the reward's mean: all masks of the sequence, those of the block, or all
+    positions (ours)."""
+    reuse: bool = True
+    """Whether the winner's prediction serves the next step; tokens are the same without."""
+
+
+class LookUMPolicy(Policy):
+    """One of a few drawn sets, resampled by what the model then still doubts."""
+
+    name = "lookum"
+    Config = LookUMConfig
+
+    def __init__(self, config: LookUMConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+
+    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """Draw sets from the pool, look ahead, resample one."""
+        settings = self.settings
+        counts = Counter(self.draw(view, self.pool(view)))
+        sets = [np.array(chosen) for chosen in counts]
+        if len(sets) == 1:
+            return Commit(chosen=sets[0], scores=self.certainty(view))
+        prospects = yield Lookahead(
+            writes=tuple(sets),
+            tokens=tuple(view.proposal[chosen] for chosen in sets),
+            observe=settings.observe,
+            carry=settings.reuse,
+        )
+        rewards = np.array([-prospect.mean_entropy() for prospect in prospects])
+        weights = importance(rewards, np.array(list(counts.values())), settings.tau)
+        (number,) = randomness.uniforms(
+            view.seed, step=view.step, positions=np.array([0]), stream=randomness.LOOKAHEAD
+        )
+        best = int(np.searchsorted(weights.cumsum(), number * weights.sum(), side="right"))
+        scores = np.full(len(view.positions), np.nan)
+        scores[sets[best]] = rewards[best]
+        return Commit(chosen=sets[best], scores=scores, carry=prospects[best].carry)
+
+    def certainty(self, view: View) -> FloatArray:
+        """[M] what the pool is ordered by; forbidden early commits come last."""
+        by = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}
+        return allowed(by[self.settings.certainty], view)
+
+    def pool(self, view: View) -> IntArray:
+        """Indices that sets are drawn from, the most certain first, at least `b`."""
+        certainty = self.certainty(view)
+        size = self.settings.pool_size
+        if self.settings.pool_threshold is not None:
+            size = int((certainty >= self.settings.pool_threshold).sum())
+        return top(certainty, max(size, view.quota))
+
+    def draw(self, view: View, pool: IntArray) -> list[tuple[int, ...]]:
+        """`k` sets of `b` indices, each ascending; a set may come twice."""
+        settings = self.settings
+        if len(pool) == view.quota:
+            return [tuple(sorted(pool.tolist()))]
+        sets = []
+        for n in range(settings.paths):
+            scores = view.uniforms(randomness.CANDIDATES + n)
+            if settings.draw == "certainty":
+                scores = scores_of_a_draw(self.certainty(view), settings.draw_temperature, scores)
+            sets.append(tuple(sorted(pool[top(scores[pool], view.quota)].tolist())))
+        return sets
+
+
+def importance(rewards: FloatArray, counts: IntArray, tau: float) -> FloatArray:
+    """Weights `count * exp(reward / tau)`, the largest exponential being 1; of rewards on
+    `SCORE_GRID`. With tau 0 only the best counts, of equal ones the first."""
+    if tau == 0:
+        weights = np.zeros(len(rewards))
+        weights[top(rewards, 1)] = 1.0
+        return weights
+    on_grid = np.round(rewards / SCORE_GRID) * SCORE_GRID
+    return counts * np.exp((on_grid - on_grid.max()) / tau)

@@ -1,0 +1,105 @@
+"""ReMDM: every mask is revealed and every written token masked again at random (Wang et al. 2025,
+arXiv 2503.00307; kuleshov-group/remdm, `_ddpm_caching_update`). See `remasking` for the rule.
+
+The authors decode the canvas as one block (`block_length` = `gen_length`) in 1024 steps and sample
+tokens at temperature 1 from a nucleus of 0.9; the nucleus is not offered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from boe_vllm import randomness
+from boe_vllm.arrays import IntArray
+from boe_vllm.options import options
+from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View
+from boe_vllm.policies.remasking import Diary, RemaskingRule, Schedule, Share
+from boe_vllm.steering.asks import Ask
+
+
+@options
+class ReMDMConfig(PolicyConfig):
+    """Settings of `remdm`. Defaults are the authors', for 1024 steps."""
+
+    schedule: Schedule = "cap"
+    """Probability sigma of masking a written token again: "cap" min(eta, sigma_max), "rescale"
+    eta sigma_max, "conf" sigma_max softmax(-p at its last reveal), "loop" eta from t_on to t_off,
+    with the share alpha_on written, and 0 before and after."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Strength. Default: 0.008 (cap), 0.015 (rescale), 0.02 (loop)."""
+    t_on: Share = 0.55
+    """Time at which the loop begins; time runs from 1 to 0."""
+    t_off: Share = 0.05
+    """Time at which the loop ends; a block of fewer than 1/t_off steps ends in the loop."""
+    alpha_on: Share = 0.9
+    """Share of the block that is written during the loop."""
+
+    def __post_init__(self) -> None:
+        self.rule()
+
+    def rule(self) -> RemaskingRule:
+        """The rule with these settings."""
+        return RemaskingRule(
+            schedule=self.schedule,
+            eta=self.eta,
+            t_on=self.t_on,
+            t_off=self.t_off,
+            alpha_on=self.alpha_on,
+        )
+
+
+class ReMDMPolicy(Policy):
+    """One iteration after the other, in at most as many steps as the block has.
+
+    The quota plays no part, only the number of steps. An iteration that changes nothing is followed
+    by the very same prediction, so it is passed over and costs no forward (the authors keep the
+    last prediction for the same reason). A proposal that the request commits last (EOS, EoT) is
+    revealed only when nothing else is masked, or in the last iteration.
+    """
+
+    name = "remdm"
+    Config = ReMDMConfig
+
+    def __init__(self, config: ReMDMConfig) -> None:
+        super().__init__(config)
+        self.rule = config.rule()
+
+    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """Reveal and remask by the next iteration that does either."""
+        diary, steps = Diary(view), view.block_steps
+        late = np.isneginf(view.confidence)
+        held = late if not late.all() else np.zeros(len(late), bool)
+        chosen = remask = np.empty(0, np.int64)
+        while len(chosen) == 0 and len(remask) == 0:
+            k = diary.iteration
+            rates = self.rule.rates(k, steps)
+            draws = randomness.uniforms(
+                view.seed, step=k, positions=view.positions, stream=randomness.CHOOSE
+            )
+            revealed = (draws < rates.reveal) & ~held
+            chosen = np.flatnonzero(revealed | (k == steps - 1))
+            remask = self._remask(view, diary, view.written)
+            diary.iteration = k + 1
+        written = view.positions[chosen]
+        diary.note(written, np.maximum(view.confidence[chosen], 0.0))
+        if len(chosen) == len(view.positions):  # nothing is masked: only remasking can follow
+            everything = np.union1d(view.written, written)
+            while len(remask) == 0 and diary.iteration < steps:
+                remask = self._remask(view, diary, everything)
+                diary.iteration += 1
+        return Commit(
+            chosen=chosen,
+            remask=remask,
+            settled=not self.rule.remasks_later(diary.iteration, steps),
+        )
+        yield  # a generator like every policy's step
+
+    def _remask(self, view: View, diary: Diary, written: IntArray) -> IntArray:
+        """Positions that the diary's iteration masks again."""
+        rates = self.rule.rates(diary.iteration, view.block_steps)
+        stored = diary.stored(written)
+        return written[self.rule.drawn(view, diary.iteration, rates.sigma, written, stored)]

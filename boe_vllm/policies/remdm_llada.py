@@ -1,0 +1,84 @@
+"""ReMDM as its authors run it on LLaDA (guanghanwang/ReMDM-LLaDA, `llada_remdm_sample`).
+
+A block of `B` masks and `S` steps takes up to `2S` iterations. Iterations `[7B/8, 7B/8 + S)`
+(rounded down) first mask the `n` written tokens again that had the lowest confidence **when they
+were revealed**, then reveal the `n` surest; all others reveal the step's quota, the surest first.
+
+Their tokens are sampled at temperature 1. Where their code takes the lowest of all stored
+confidences although fewer than `n` tokens are written, it masks the prompt; here fewer are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from boe_vllm.options import options
+from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
+from boe_vllm.policies.remasking import Diary
+from boe_vllm.steering.asks import Ask
+
+
+@options
+class ReMDMLLaDAConfig(PolicyConfig):
+    """Settings of `remdm-llada`."""
+
+    remask_number: Annotated[int, Field(ge=1)] = 1
+    """Tokens masked again in an iteration of the window. Default: that of the authors' Countdown
+    runs (`remdm_number`)."""
+
+
+class ReMDMLLaDAPolicy(Policy):
+    """Confidence order with a window in which the least sure tokens are written anew.
+
+    An iteration that would find nothing masked is passed over and costs no forward.
+    """
+
+    name = "remdm-llada"
+    Config = ReMDMLLaDAConfig
+
+    def __init__(self, config: ReMDMLLaDAConfig) -> None:
+        super().__init__(config)
+        self.number = config.remask_number
+
+    def step_limit(self, masks: int, steps: int) -> int:
+        """Twice the planned steps, or one step for each mask if those are more."""
+        return max(masks, 2 * steps)
+
+    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """Reveal for this iteration; what the next one remasks is masked in the same step."""
+        diary = Diary(view)
+        k, steps = diary.iteration, view.block_steps
+        begin = view.block_masks * 7 // 8
+        end = min(begin + steps, 2 * steps)
+        due = self.number if begin <= k < end else self._quota(view, k, begin, end)
+        chosen = top(view.confidence, due)
+        positions = view.positions[chosen]
+        diary.note(positions, view.confidence[chosen])
+        written = np.union1d(view.written, positions)
+        left = view.block_masks - len(written)
+        remask = positions[:0]
+        while True:
+            k += 1
+            if begin <= k < end:
+                remask = written[top(-diary.stored(written), self.number)]
+                break
+            if k >= 2 * steps or (left and self._quota(view, k, begin, end)):
+                break
+        diary.iteration = k
+        return Commit(
+            chosen=chosen,
+            remask=remask,
+            settled=k + 1 >= end or begin >= end,
+            scores=view.confidence,
+        )
+        yield  # a generator like every policy's step
+
+    def _quota(self, view: View, iteration: int, begin: int, end: int) -> int:
+        """Tokens that an iteration outside the window reveals: LLaDA's quota of its turn."""
+        turn = iteration - max(0, min(iteration, end) - begin)
+        masks, steps = view.block_masks, view.block_steps
+        return masks // steps + (turn < masks % steps)

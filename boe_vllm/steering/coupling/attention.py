@@ -1,0 +1,53 @@
+"""Coupling by attention: a proxy that costs no forward.
+
+`kappa_ij = a_ij min(H_i, H_j)`, where `a` is the attention between the two rows, mean over layers,
+heads and both directions, in units of its mean over the pool; the smaller entropy bounds the mutual
+information of the two tokens.
+
+Legend: `C` pool of one request, `H` heads, `P` size of a head, `s` key rows of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+
+from boe_vllm.models.functional import accurate
+from boe_vllm.steering.asks import Coupling
+from boe_vllm.steering.step import Answer, DenoisingPass
+
+
+def attention_coupling(
+    current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]
+) -> list[Answer]:
+    """[C, C] per ask from the step's own queries and keys."""
+    return [Answer(value=_of(current, s, ask)) for s, ask in asks]
+
+
+def _of(current: DenoisingPass, s: int, ask: Coupling) -> np.ndarray:
+    assert current.tape is not None
+    layout = current.layout.attention
+    span = slice(layout.kv_starts[s], layout.kv_starts[s] + layout.kv_seqlens[s])
+    kept = torch.from_numpy(current.kept_rows(s, ask.pool)).to(current.device)
+    columns = torch.from_numpy(ask.pool).to(current.device)
+    total = torch.zeros(len(ask.pool), len(ask.pool), device=current.device)
+    for tape in current.tape.layers:
+        q_HCP = tape.queries_KHP[kept].transpose(0, 1)
+        group = q_HCP.shape[0] // tape.keys_SGP.shape[1]
+        keys_HsP = tape.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
+        scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
+        total = total + scores.softmax(-1)[:, :, columns].sum(0)
+    if get_tensor_model_parallel_world_size() > 1:
+        total = tensor_model_parallel_all_reduce(total)
+    attention = total.double().cpu().numpy()
+    attention = attention + attention.T
+    np.fill_diagonal(attention, 0.0)
+    pairs = len(ask.pool) * (len(ask.pool) - 1)
+    mean = attention.sum() / max(1, pairs)
+    return attention / max(mean, 1e-30) * np.minimum.outer(ask.entropy, ask.entropy)

@@ -1,0 +1,72 @@
+"""Partial passes: a few rows run again under supposed tokens, all other rows frozen as they were.
+
+Legend: `Q` packed rows of all states, `N` states of a sequence, `m` rows of each, `D` width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from boe_vllm.arrays import IntArray
+from boe_vllm.attention.overlay import Overlay, overlay_attention
+from boe_vllm.models.functional import rms_norm
+from boe_vllm.steering.step import DenoisingPass
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class States:
+    """Hypothetical states of one sequence, all over equally many of its masked positions."""
+
+    sequence: int
+    """Which sequence of the step's pass."""
+    places: IntArray
+    """[N, m] indices into the sequence's masked positions: the rows that are run."""
+
+
+def run_partial(
+    current: DenoisingPass,
+    states: Sequence[States],
+    x_QD: Tensor,
+    *,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+    final: bool = True,
+) -> Tensor | None:
+    """Final normalised hidden states of the states' rows, [Q, D].
+
+    Args:
+        current: the step's pass; its tape holds every row's keys and values.
+        states: what is supposed where; rows are packed state by state.
+        x_QD: the rows' embeddings under the supposition.
+        observe: called with (layer, keys, values), [Q, G, P] each, for every layer.
+        final: whether the final states are wanted; otherwise the last block's mixing is skipped.
+    """
+    assert current.tape is not None
+    model, layout = current.model, current.layout.attention
+    kept = np.concatenate([current.kept_rows(s.sequence, s.places.ravel()) for s in states])
+    rotary = current.tape.rotary_2K1p[:, torch.from_numpy(kept).to(current.device)]
+    overlays = [
+        Overlay(
+            kv_start=layout.kv_starts[s.sequence],
+            kv_len=layout.kv_seqlens[s.sequence],
+            columns_Nm=torch.from_numpy(s.places).to(current.device),
+        )
+        for s in states
+    ]
+    x, last = x_QD, len(model.blocks) - 1
+    for index, (block, tape) in enumerate(zip(model.blocks, current.tape.layers, strict=True)):
+        q, k, v = block.project(x, rotary)
+        if observe is not None:
+            observe(index, k, v)
+        if index == last and not final:
+            return None
+        mixed = overlay_attention(
+            q, k, v, tape.keys_SGP, tape.values_SGP, overlays=overlays, scale=block.scale
+        )
+        x, _ = block.feed(block.attend(x, mixed))
+    return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
