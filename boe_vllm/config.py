@@ -68,6 +68,11 @@ class FrameConfig:
                 f"cache_refresh: expected cache 'prefix' or 'dual' beside it, got 'none' with "
                 f"cache_refresh={self.cache_refresh}; set cache or remove cache_refresh"
             )
+        if self.cfg_scale > 0 and self.cache != "none":
+            raise ValueError(
+                f"cfg_scale: expected cache 'none' beside it, got cache={self.cache!r} with "
+                f"cfg_scale={self.cfg_scale}; remove one of them"
+            )
         if self.gen_length is not None and self.block_length is not None:
             _must_divide("gen_length", self.gen_length, "block_length", self.block_length)
 

@@ -1,7 +1,8 @@
 """The few vLLM callables that this plugin wraps.
 
-vLLM has no extension point for three things: engine arguments of our own, a request's check
-against its prompt, and refusing a bad streaming request before the stream has begun. Each wrapper
+vLLM has no extension point for four things: engine arguments of our own, the dtype of a float32
+checkpoint, a request's check against its prompt, and refusing a bad streaming request before the
+stream has begun. Each wrapper
 here adds one of them and otherwise passes everything through. `patches/` holds the same changes as
 diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
 """
@@ -108,6 +109,7 @@ def json_object(text: str) -> dict[str, Any]:
 def _wrap_engine_args(module: ModuleType) -> None:
     check_version()
     engine_args = module.EngineArgs
+    _wrap(engine_args, "create_model_config", {"self"}, _create_model_config)
     if "sampler" in engine_args.__dataclass_fields__:
         return  # this vLLM has the flag itself
     for cls in (engine_args, module.AsyncEngineArgs):
@@ -204,6 +206,22 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def _create_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`dtype="auto"` leaves a float32 checkpoint in float32, where vLLM would take bfloat16:
+    policies compare probabilities, and bfloat16 makes many of them equal."""
+
+    def create_model_config(self: Any) -> Any:
+        config = original(self)
+        stored = str(getattr(config.hf_config, "dtype", None)).removeprefix("torch.")
+        if config.architecture == ARCHITECTURE and (self.dtype, stored) == ("auto", "float32"):
+            import torch
+
+            config.dtype = torch.float32
+        return config
+
+    return create_model_config
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:

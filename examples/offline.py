@@ -14,7 +14,7 @@ import os
 import time
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 from tqdm import tqdm
 from vllm import LLM, SamplingParams

@@ -17,12 +17,14 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_model import EOS_ID, MASK_ID, TinyLLaDA, encode, write_card, write_model_files
+from tiny_files import EOS_ID, MASK_ID, encode, write_card, write_model_files
+from tiny_model import Muon, TinyLLaDA
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -36,45 +38,6 @@ MIXTURE = {
     ("countdown",): 32,
     ("addition",): 32,
 }
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for equally important 2-D weights, all matrices of one shape in one batched product.
-
-    `torch.optim.Muon` orthogonalises one matrix at a time in bfloat16, which many CPUs emulate.
-    """
-
-    def __init__(self, params, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for p in group["params"]:
-                by_shape[tuple(sorted(p.shape))].append(p)
-            for params in by_shape.values():
-                updates = []
-                for p in params:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(buffer, group["momentum"])
-                    updates.append(update.T if p.shape[0] > p.shape[1] else update)
-                for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    # Scaled to the size of an AdamW update, so that both share one rate.
-                    scale = 0.2 * max(p.shape) ** 0.5
-                    update = update.T if p.shape[0] > p.shape[1] else update
-                    p.add_(update, alpha=-group["lr"] * scale)
-
-
-def orthogonalise(x_NMK: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz iterations."""
-    x_NMK = x_NMK / (x_NMK.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x_NMK @ x_NMK.mT
-        x_NMK = 3.4445 * x_NMK + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x_NMK
-    return x_NMK
 
 
 def batches(task: Task, size: int, *, seed: int) -> Iterator[Tensor]:
@@ -99,18 +62,24 @@ def micro_batches(seed: int) -> Iterator[list[tuple[Tensor, int]]]:
         yield [(torch.cat([next(s) for s in group]), length) for group, length in streams]
 
 
-def masked_loss(model: TinyLLaDA, tokens_BL: Tensor, length: int, rng: torch.Generator) -> Tensor:
-    """Mean cross-entropy in nats at the masked positions of the canvas."""
+def hide(tokens_BL: Tensor, length: int, rng: torch.Generator) -> Tensor:
+    """Which canvas positions to mask, `[B, length]` bool, at least one in each sequence."""
     batch = len(tokens_BL)
     # Stratified in t: one sample in each of B equal intervals of (0, 1).
     t_B = (torch.arange(batch) + torch.rand(batch, generator=rng)) / batch
     hidden_BG = torch.rand(batch, length, generator=rng) < t_B[:, None]
     hidden_BG[torch.arange(batch), torch.randint(length, (batch,), generator=rng)] = True
+    return hidden_BG
+
+
+def gradients(model: TinyLLaDA, tokens_BL: Tensor, hidden_BG: Tensor) -> tuple[float, list[Tensor]]:
+    """Mean cross-entropy in nats at the masked positions, and its gradients."""
+    length = hidden_BG.shape[1]
     canvas_BG = tokens_BL[:, -length:]
     state_BL = tokens_BL.clone()
     state_BL[:, -length:][hidden_BG] = MASK_ID
-    logits = model(state_BL, canvas=length)[hidden_BG]
-    return cross_entropy(logits, canvas_BG[hidden_BG])
+    loss = cross_entropy(model(state_BL, canvas=length)[hidden_BG], canvas_BG[hidden_BG])
+    return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 @torch.no_grad()
@@ -197,6 +166,10 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
 
     saved_at = time.monotonic()
     began = saved_at - spent
+    # One micro-batch per thread, each operation on one thread: a step then has one point where
+    # threads wait for each other, not thousands, which matters when cores are shared.
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
     bar = tqdm(total=args.steps, initial=step, mininterval=10, smoothing=0.05)
     recent: dict[str, float] = {}
     while True:
@@ -208,13 +181,21 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
             for group in opt.param_groups:
                 # Warm-up over 100 steps, then down to zero in a straight line.
                 group["lr"] = args.lr * min(1.0, (step + 1) / 100) * min(1.0, 1.1 * (1 - done))
-            opt.zero_grad(set_to_none=True)
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        for (names, _), (tokens_BL, length) in zip(MIXTURE.items(), next(data), strict=True):
-            loss = masked_loss(model, tokens_BL, length, rng)
-            loss.backward()
-            old = recent.get(names[0], loss.item())
-            recent[names[0]] = 0.9 * old + 0.1 * loss.item()
+        jobs = [
+            pool.submit(gradients, model, tokens, hide(tokens, length, rng))
+            for tokens, length in next(data)
+        ]
+        total = None
+        for names, job in zip(MIXTURE, jobs, strict=True):
+            loss, grads = job.result()
+            recent[names[0]] = 0.9 * recent.get(names[0], loss) + 0.1 * loss
+            if total is None:
+                total = grads
+            else:
+                torch._foreach_add_(total, grads)
+        for p, grad in zip(model.parameters(), total, strict=True):
+            p.grad = grad
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         for opt in opts:
             opt.step()
@@ -231,6 +212,8 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
             saved_at = time.monotonic()
             save(saved_at - began)
     bar.close()
+    pool.shutdown()
+    torch.set_num_threads(args.threads)
     if not finished:
         save(spent)
     model.load_state_dict(averaged)

@@ -8,7 +8,9 @@ import pytest
 from engine_config import engine_config
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
+from boe_vllm import plugin
 from boe_vllm.engine import admission
 
 PROMPT = list(range(2, 12))  # 10 tokens of a context of 64
@@ -139,6 +141,15 @@ def test_a_bad_request_is_known_before_a_stream_begins(config):
         admission.check_early({"type": "token", "prompt_token_ids": PROMPT}, bad, config)
     admission.check_early("text, whose tokens are not known yet", bad, config)
     admission.check_early({"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=None), config)
+
+
+def test_the_server_learns_of_it_when_it_makes_the_request(config):
+    """Not when it first reads from it: a streaming response has its status by then."""
+    plugin.register()
+    engine = SimpleNamespace(vllm_config=config)
+    bad = SamplingParams(extra_args={"rho": 2})
+    with pytest.raises(VLLMValidationError, match="rho"):
+        AsyncLLM.generate(engine, {"type": "token", "prompt_token_ids": PROMPT}, bad, "id")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ BAD = [
     ({"policy": "boe", "rho": "much"}, r"rho: .*valid number.*'much'"),
     ({"policy": "boe", "rho": float("nan")}, r"rho: .*finite"),
     ({"policy": "boe", "surrogate": "gumbel"}, r"surrogate: .*'mask', 'inject' or 'kv'"),
-    ({"policy": "boe", "preset": "nope"}, r"preset: .*'paper' or 'prototype'"),
+    ({"policy": "boe", "preset": "nope"}, r"preset: .*'paper', 'prototype'"),
     ({"policy": "boe", "surogate": "kv"}, r"unknown field 'surogate'.*did you mean 'surrogate'"),
     ({"rho": 0.5}, r"unknown field 'rho' for policy 'confidence'"),
     ({"steps": 0}, r"steps: .*greater than or equal to 1, got 0"),

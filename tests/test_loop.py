@@ -23,6 +23,9 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
     {"policy": "boe", "surrogate": "inject", "context": "exact", "active": "all"},
     {"policy": "boe", "preset": "paper"},
     {"policy": "boe", "preset": "prototype"},
+    {"policy": "margin", "alg_temp": 0.2, "schedule": "cosine"},
+    {"policy": "klass", "confidence_threshold": 0.2, "kl_threshold": 0.3},
+    {"policy": "boe", "cfg_scale": 0.5},
 ]
 
 

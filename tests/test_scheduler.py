@@ -214,6 +214,23 @@ def test_a_preempted_request_goes_on_with_its_canvas(scheduler):
     assert list(request.output_token_ids) == [7, 8, 9]
 
 
+def test_a_preempted_requests_rows_stay_taken():
+    scheduler = make_scheduler(scheduling_policy="priority")
+    add(scheduler, "first", prompt_len=30, max_tokens=20, priority=5)
+    step(scheduler)
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    add(scheduler, "small", prompt_len=4, max_tokens=4, priority=1)
+    add(scheduler, "large", prompt_len=10, max_tokens=10, priority=2)
+    scheduled, _ = step(scheduler)
+    assert names(scheduled) == {"small"}  # 8 more rows fit beside 50 of 64, 20 do not
+    scheduled, _ = step(scheduler, {"small": [EOS]})
+    scheduled, _ = step(scheduler)
+    assert names(scheduled) == {"large"}  # nobody runs, so somebody must
+    scheduled, _ = step(scheduler, {"large": [EOS]})
+    scheduled, _ = step(scheduler)
+    assert names(scheduled) == {"first"}
+
+
 def test_an_idle_engine_schedules_nothing(scheduler):
     scheduled, outputs = step(scheduler)
     assert scheduled.total_num_scheduled_tokens == 0 and outputs == []

@@ -1,11 +1,11 @@
 """Attention of hypothetical rows over a sequence's own keys and values.
 
-A state supposes other tokens at a few positions of a sequence. Its rows meet the sequence's old keys
-and values everywhere, except at the state's own positions, where they meet the state's new ones.
-All states of a sequence share its keys: nothing of the sequence's length is copied per state.
+A state supposes other tokens at a few positions of a sequence. Its rows meet the sequence's old
+keys and values everywhere, except at the state's own positions, where they meet the state's new
+ones. All states of a sequence share its keys: nothing as long as the sequence is copied per state.
 
-Legend: `Q` packed rows of all states, `S` packed rows of keys and values of all sequences, `N` states
-of one sequence, `m` rows of each of them, `s` key rows of that sequence, `H`/`G` heads of
+Legend: `Q` packed rows of all states, `S` packed rows of keys and values of all sequences, `N`
+states of one sequence, `m` rows of each of them, `s` key rows of that sequence, `H`/`G` heads of
 queries/keys, `P` size of a head.
 """
 

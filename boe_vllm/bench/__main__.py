@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit status.
 
     A benchmark is a module of this package with `add_arguments(parser)`, which sets its defaults
-    and adds its own options, and `run(args)`, which prints.
+    and adds its own options, and `run(args)`, which prints and returns an exit status or None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: boe-vllm bench {{{','.join(BENCHMARKS)}}} [options]"
@@ -41,10 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     try:
         args = common.checked(parser.parse_args(rest))
-        module.run(args)
+        return module.run(args) or 0
     except common.UsageError as error:
         parser.error(str(error))
-    return 0
 
 
 if __name__ == "__main__":

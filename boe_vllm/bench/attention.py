@@ -9,6 +9,7 @@ and of the keys and values of active rows, against all keys).
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
         f"{config.d_model // config.n_heads}; milliseconds",
         details,
     )
-    print()
     print_facts(facts)
     print(
         "active: share of the rows whose queries pass a gradient. speedup: dense over ours, of the "
@@ -71,36 +71,35 @@ def _cases(
     packed = torch.randn(shape, generator=generator, device=device).to(dtype).unbind()
     q, k, v, do = packed
     batched = [x.unflatten(0, (args.requests, length)).transpose(1, 2).contiguous() for x in packed]
-    leaves = [x.clone().requires_grad_() for x in batched[:3]]
-    output = F.scaled_dot_product_attention(*leaves, scale=scale)
+    bq, bk, bv, bdo = batched
+    leaves = [x.clone().requires_grad_() for x in (bq, bk, bv)]
+    output = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale)
     full = (length,) * args.requests
     whole = AttentionLayout(q_seqlens=full, kv_seqlens=full, active_seqlens=full)
 
     def dense_forward() -> Any:
         with torch.no_grad():
-            return F.scaled_dot_product_attention(*batched[:3], scale=scale)
+            return F.scaled_dot_product_attention(bq, bk, bv, scale=scale)
 
     def dense_backward() -> Any:
-        return torch.autograd.grad(output, leaves, batched[3], retain_graph=True)
+        return torch.autograd.grad(output, leaves, bdo, retain_graph=True)
 
     def forward() -> Any:
         return attention_forward(q, k, v, layout=whole, scale=scale)
 
     cases: dict[str, Callable[[], Callable[[], Any]]] = {
-        "dense forward": lambda: dense_forward,
-        "dense backward": lambda: dense_backward,
-        "forward": lambda: forward,
+        "dense forward": common.ready(dense_forward),
+        "dense backward": common.ready(dense_backward),
+        "forward": common.ready(forward),
     }
     for share in FRACTIONS:
         active = (max(1, round(share * length)),) * args.requests
         layout = AttentionLayout(q_seqlens=full, kv_seqlens=full, active_seqlens=active)
         index = layout.active_index(device)
-        given = (do[index], q[index], k, v)
-
-        def backward(given: Any = given, layout: AttentionLayout = layout) -> Any:
-            return attention_backward(*given, layout=layout, scale=scale)
-
-        cases[f"backward {share}"] = lambda work=backward: work
+        backward = functools.partial(
+            attention_backward, do[index], q[index], k, v, layout=layout, scale=scale
+        )
+        cases[f"backward {share}"] = common.ready(backward)
     return cases
 
 

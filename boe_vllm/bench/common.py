@@ -57,7 +57,10 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("requests", "repeats", "d_model", "layers", "heads", "vocab"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1")
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device: expected cpu or cuda, got {args.device!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -125,6 +128,11 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def ready(work: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
+    """A case that has nothing to prepare."""
+    return lambda: work
+
+
 def interleaved(
     cases: Mapping[str, Callable[[], Callable[[], Any]]],
     *,
@@ -132,6 +140,7 @@ def interleaved(
     device: torch.device,
     seed: int = 0,
     warm_up: bool = True,
+    tell: bool = False,
 ) -> dict[str, list[float]]:
     """Times of every case, seconds, one per round.
 
@@ -144,6 +153,7 @@ def interleaved(
         device: where the work runs.
         seed: of the order.
         warm_up: run a first round that is not counted.
+        tell: report every run, where they are long.
     """
     rng = np.random.default_rng(seed)
     keys = list(cases)
@@ -152,6 +162,8 @@ def interleaved(
         for place in rng.permutation(len(keys)):
             name = keys[place]
             elapsed = seconds(cases[name](), device)
+            if tell:
+                progress(f"round {round_number + 1} of {repeats}: {name}, {elapsed:.1f} s")
             if round_number >= 0:
                 times[name].append(elapsed)
     return times

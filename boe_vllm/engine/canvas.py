@@ -18,50 +18,15 @@ import numpy as np
 
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
-from boe_vllm.config import CanvasPlan, SamplerConfig
 from boe_vllm.engine import schedule
 from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
+from boe_vllm.engine.record import Account, TokenLogprobs, Trace, token_logprobs
+from boe_vllm.engine.request import RequestParams
 from boe_vllm.policies import Policy, load_policy
-from boe_vllm.policies.base import Commit, Revision, View
+from boe_vllm.policies.base import Commit, Revision, View, finishing
 from boe_vllm.prediction import RowStatistics
+from boe_vllm.steering.guidance import Guide
 from boe_vllm.steering.step import NextStep
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RequestParams:
-    """What a request asked for, resolved and validated."""
-
-    config: SamplerConfig
-    plan: CanvasPlan
-    temperature: float
-    """0 writes the argmax, otherwise samples from softmax(logits / temperature)."""
-    seed: int
-    top_logprobs: int = 0
-    """Log-probabilities to report per token, beside its own."""
-    logprobs: bool = False
-    """Whether log-probabilities are reported at all."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities of one committed token at its commit, nats."""
-
-    token_ids: list[int]
-    """The committed token, then the most likely ones."""
-    logprobs: list[float]
-    rank: int
-    """Rank of the committed token, 1 is the most likely."""
-
-
-@dataclasses.dataclass(slots=True)
-class Account:
-    """What a request has cost: its own passes and rows, whatever ran beside it."""
-
-    denoising_steps: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    rows_forward: int = 0
-    rows_backward: int = 0
 
 
 class Canvas:
@@ -105,11 +70,12 @@ class Canvas:
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
+        scale = self.config.frame.cfg_scale
+        self.guide = Guide(scale=scale, given=~self.masked) if scale > 0 else None
         self.account = Account()
         self.emitted = 0
         length = len(self.tokens)
-        self.step_of = np.full(length, -1)
-        self.entropy_of, self.confidence_of, self.score_of = np.full((3, length), np.nan)
+        self.trace = Trace(length)
         self.logprobs_of: dict[int, TokenLogprobs] = {}
         self.cache: RequestCache | None = None
         if self.config.frame.cache != "none":
@@ -267,14 +233,18 @@ class Canvas:
             raise ValueError(f"policy {self.policy.name!r} decided nothing in step {view.step}")
         self.tokens[positions] = tokens
         self.masked[positions] = False
-        self.step_of[positions] = view.step
-        self.entropy_of[positions] = view.entropy[chosen]
-        self.confidence_of[positions] = statistics.confidence[rows][chosen]
-        if commit.scores is not None:
-            self.score_of[positions] = commit.scores[chosen]
+        self.trace.note(
+            positions,
+            step=view.step,
+            entropy=view.entropy[chosen],
+            confidence=statistics.confidence[rows][chosen],
+            scores=None if commit.scores is None else commit.scores[chosen],
+        )
         if self.params.logprobs:
             for index, position in zip(chosen, positions, strict=True):
-                self.logprobs_of[int(position)] = self._logprobs(int(index), rows.start, statistics)
+                self.logprobs_of[int(position)] = token_logprobs(
+                    statistics, rows.start + int(index), self.params.top_logprobs
+                )
         self._remask(commit.remask)
         self.account.denoising_steps += 1
         self.block_step += 1
@@ -293,9 +263,7 @@ class Canvas:
             )
         self.tokens[positions] = self.mask_token_id
         self.masked[positions] = True
-        self.step_of[positions] = -1
-        for noted in (self.entropy_of, self.confidence_of, self.score_of):
-            noted[positions] = np.nan
+        self.trace.forget(positions)
 
     def _carry(self, prediction: RowStatistics | None) -> None:
         """Keep the coming step's prediction, unless its forward has to refresh the cache."""
@@ -306,16 +274,6 @@ class Canvas:
                 f"policy {self.policy.name!r} carried a prediction of another state: expected one "
                 f"of {len(self.writable())} masks, got {len(self.carried.proposal)}"
             )
-
-    def _logprobs(self, index: int, first_row: int, statistics: RowStatistics) -> TokenLogprobs:
-        row = first_row + index
-        tokens = [int(statistics.proposal[row])]
-        values = [float(np.log(statistics.confidence[row]))]
-        k = self.params.top_logprobs
-        if statistics.top_tokens is not None and statistics.top_logprobs is not None:
-            tokens += statistics.top_tokens[row, :k].tolist()
-            values += statistics.top_logprobs[row, :k].tolist()
-        return TokenLogprobs(token_ids=tokens, logprobs=values, rank=int(statistics.rank[row]))
 
     # ---- output --------------------------------------------------------------------------------
 
@@ -340,29 +298,5 @@ class Canvas:
         """What the request has cost and, with `trace`, how each position was committed."""
         report: dict[str, Any] = {"policy": self.config.policy, **dataclasses.asdict(self.account)}
         if self.config.frame.trace:
-            committed = np.flatnonzero(self.step_of >= 0)
-            report["trace"] = {
-                "position": (committed - self.prompt_len).tolist(),
-                "token": self.tokens[committed].tolist(),
-                "step": self.step_of[committed].tolist(),
-                "entropy": _rounded(self.entropy_of[committed]),
-                "confidence": _rounded(self.confidence_of[committed]),
-                "score": _rounded(self.score_of[committed]),
-            }
+            report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         return report
-
-
-def finishing(commit: Commit, view: View) -> Commit:
-    """The commit that ends its block: it also writes what the policy would leave masked."""
-    tokens = view.proposal[commit.chosen] if commit.tokens is None else commit.tokens
-    left = np.setdiff1d(np.arange(len(view.positions)), commit.chosen)
-    return Commit(
-        chosen=np.concatenate([commit.chosen, left]),
-        tokens=np.concatenate([tokens, view.proposal[left]]),
-        scores=commit.scores,
-    )
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """Six decimals; None where there is no finite value (JSON has no NaN)."""
-    return [round(float(v), 6) if np.isfinite(v) else None for v in values]

@@ -27,6 +27,7 @@ from boe_vllm.prediction import (
 )
 from boe_vllm.rows import SequenceRows, pack
 from boe_vllm.steering.answers import answer
+from boe_vllm.steering.guidance import guided, with_twins
 from boe_vllm.steering.step import DEFAULT_ROW_BUDGET, DenoisingPass
 
 logger = logging.getLogger(__name__)
@@ -136,13 +137,18 @@ class DenoisingLoop:
         plans = [canvas.cache_plan() for canvas in canvases]
         sequences = tuple(map(_rows_of, canvases, plans))
         fresh = [canvas for canvas in canvases if canvas.carried is None]
-        layout = pack(sequences[: len(fresh)], self.device)
+        guides = tuple(canvas.guide for canvas in canvases)
+        packed, twins = with_twins(
+            sequences[: len(fresh)], guides[: len(fresh)], self.mask_token_id
+        )
+        layout = pack(packed, self.device)
         hidden, tape = self.model.embed(layout.tokens), None
         if fresh:
-            plans = plans[: len(fresh)]
+            plans = plans[: len(fresh)] + [None] * len(twins)
             context = CachedRows(self.pool, layout, plans) if any(plans) else None
             hidden, tape = self.model.run(hidden, layout, context)
-        counts = np.array(layout.logit_lens, np.int64)
+            hidden = guided(hidden, layout, twins, guides)
+        counts = np.array(layout.logit_lens[: len(fresh)], np.int64)
         log_probs = LogProbabilities(
             self.model,
             hidden,
@@ -165,9 +171,10 @@ class DenoisingLoop:
         )
         again = tape is not None or any(c.policy.needs().distributions for c in fresh)
         statistics = read_statistics(log_probs, writes, keep=again)
-        for canvas, live in zip(fresh, layout.live_lens, strict=True):
-            canvas.account.forwards += 1
-            canvas.account.rows_forward += live
+        for place, live in enumerate(layout.live_lens):
+            owner = fresh[place] if place < len(fresh) else fresh[list(twins)[place - len(fresh)]]
+            owner.account.forwards += 1
+            owner.account.rows_forward += live
         current = DenoisingPass(
             model=self.model,
             sequences=sequences,
@@ -176,6 +183,8 @@ class DenoisingLoop:
             tape=tape,
             next_steps=tuple(canvas.next_step() for canvas in canvases),
             device_memory=tuple(canvas.device_memory for canvas in canvases),
+            guides=guides,
+            twins=twins,
             open_cache=functools.partial(CachedRows, self.pool),
             row_budget=self.row_budget,
         )

@@ -73,12 +73,16 @@ class DiffusionModelRunner:
         parameters = self.model.parameters()
         self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
         late = {config.eos_token_id, config.eot_token_id} - {None}
+        # The scheduler keeps the rows of all requests that hold a canvas within this.
+        rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
             self.model,
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
             late_tokens=frozenset(late),
             device=self.device,
+            cache_rows=rows,
+            row_budget=rows,
         )
 
     def warming_up_model(self) -> None:

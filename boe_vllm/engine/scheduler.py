@@ -8,7 +8,6 @@ The queues, priorities, aborts and stop conditions are vLLM's.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from vllm.logger import init_logger
@@ -87,16 +86,25 @@ class DiffusionScheduler(Scheduler):
 
     def _number_that_fits(self, limit: int) -> int:
         """How many requests may run: those that do, and as many waiting ones, in the queue's
-        order, as `max_num_batched_tokens` has rows for."""
+        order, as `max_num_batched_tokens` has rows for.
+
+        A preempted request keeps its canvas, so its rows stay taken while it waits.
+        """
+        waiting = [*self.kv_holding_waiting, *self.waiting]
+        preempted = {r.request_id for r in waiting if r.status == RequestStatus.PREEMPTED}
+        taken = preempted.union(request.request_id for request in self.running)
         room = self.scheduler_config.max_num_batched_tokens
-        room -= sum(self._rows[request.request_id] for request in self.running)
+        room -= sum(self._rows[req_id] for req_id in taken)
         number = len(self.running)
-        for request in itertools.chain(self.kv_holding_waiting, self.waiting):
-            room -= self._rows[request.request_id]
-            if number >= limit or (room < 0 and number > 0):
-                break
+        for request in waiting:
+            if request.request_id not in preempted:
+                room -= self._rows[request.request_id]
+                if room < 0:
+                    break
             number += 1
-        return number
+            if number >= limit:
+                break
+        return max(number, 1)  # the first one always runs, lest everybody waits for ever
 
     def _finish(
         self,

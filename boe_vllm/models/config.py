@@ -130,7 +130,7 @@ class LLaDAConfig(PretrainedConfig):
                     f"{name}: expected a multiple of {by} ({getattr(self, by)}), "
                     f"got {getattr(self, name)}; correct the checkpoint's config.json"
                 )
-        if self.embedding_size < self.vocab_size:
+        if self.embedding_size is None or self.embedding_size < self.vocab_size:
             raise ValueError(
                 f"embedding_size: expected at least vocab_size ({self.vocab_size}), "
                 f"got {self.embedding_size}; correct the checkpoint's config.json"

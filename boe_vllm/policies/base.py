@@ -59,7 +59,7 @@ class View:
     proposal: IntArray
     """[M] the token that would be written: argmax, or a sample at temperature > 0; never MASK."""
     confidence: FloatArray
-    """[M] untempered probability of the proposal; -inf where the request forbids an early commit."""
+    """[M] untempered probability of the proposal; -inf where an early commit is forbidden."""
     margin: FloatArray
     """[M] difference of the two largest probabilities."""
     entropy: FloatArray
@@ -168,6 +168,17 @@ class Policy:
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Decide one denoising step; a generator that may yield asks and returns a `Commit`."""
         raise NotImplementedError
+
+
+def finishing(commit: Commit, view: View) -> Commit:
+    """The commit that ends its block: it also writes what the policy would leave masked."""
+    tokens = view.proposal[commit.chosen] if commit.tokens is None else commit.tokens
+    left = np.setdiff1d(np.arange(len(view.positions)), commit.chosen)
+    return Commit(
+        chosen=np.concatenate([commit.chosen, left]),
+        tokens=np.concatenate([tokens, view.proposal[left]]),
+        scores=commit.scores,
+    )
 
 
 def top(scores: FloatArray, count: int) -> IntArray:

@@ -1,107 +1,29 @@
-"""Backward-on-Entropy steering (TABES, arXiv 2602.00250, Algorithm 1).
+"""Backward-on-Entropy steering (TABES, arXiv 2602.00250, Algorithm 1), and its choice of sets.
 
-Rank the candidates by how much revealing each would lower the entropy of the masked positions,
-estimated by one backward pass (Token Importance Score, eq. 14), gated by confidence (eq. 15) and
-less a penalty for entropies below a floor (eq. 18, 19).
+A candidate's score is `risk ln p_i + gain TIS_i`: how likely its token is right, and how much
+revealing it would lower the entropy of the masked positions, estimated by one backward pass (Token
+Importance Score, eq. 14), gated by confidence (eq. 15) and less a penalty for entropies below a
+floor (eq. 18, 19). The paper writes the top of the ranking (`selection="top"`, risk 0). Eq. 9 asks
+for the best *set*: the other selections add the interaction of what is written together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask, Context, Surrogate, TokenImportance
+from boe_vllm.policies.base import Commit, Needs, Policy, View, top
+from boe_vllm.policies.boe_config import PRESETS, BoEConfig
+from boe_vllm.policies.selection import conditional_set, pairwise_set
+from boe_vllm.steering.asks import Ask, Coupling, TokenImportance
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Eq. 13 and 14 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
-    # validation subset"); the values are those of the authors' prototype.
-    "paper": {
-        "surrogate": "mask",
-        "objective": "masked",
-        "active": "masked",
-        "rho": 0.25,
-        "gate": "entropy",
-        "floor_weight": 0.2,
-        "floor_max": 0.3,
-    },
-    # The authors' public prototype (toy model, June 2026), as described in `docs/method.md`.
-    "prototype": {
-        "surrogate": "inject",
-        "context": "exact",
-        "objective": "remaining",
-        "active": "masked",
-        "candidates": 3,
-        "sharpen": 0.5,
-        "gate": "confidence",
-        "normalize": "minmax",
-        "floor_weight": 0.2,
-        "floor_max": 0.3,
-    },
-}
+__all__ = ["PRESETS", "BoEConfig", "BoEPolicy"]
 
-
-@options
-class BoEConfig(PolicyConfig):
-    """Settings of `boe`; entropies in nats."""
-
-    preset: Literal["paper", "prototype"] | None = None
-    """Named settings; fields given beside it override its own."""
-    rho: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the masked positions that are candidates (paper 4.1: 0.1, 0.25, 0.5)."""
-    candidates: Annotated[int, Field(ge=1)] | None = None
-    """A fixed number of candidates instead of a share."""
-    prefilter: Literal["confidence", "margin", "entropy"] = "confidence"
-    """What candidates are chosen by (paper 3.5)."""
-    surrogate: Surrogate = "kv"
-    """Where the entropy is linearised: "mask" (eq. 13, 14: at the mask embedding), "inject"
-    (A.3.1: at the soft embeddings of all candidates), "kv" (in the keys and values)."""
-    objective: Literal["masked", "remaining"] = "masked"
-    """Entropies that are summed: of all of M, or of M without the candidates (eq. 11)."""
-    active: Literal["masked", "candidates", "all"] = "masked"
-    """Rows whose attention passes a gradient (eq. 30): C and the objective's, C alone, or all."""
-    context: Context = "frozen"
-    """For "inject": whether the rows outside the block keep their old keys and values in the
-    second forward (an approximation) or are computed again."""
-    gate: Literal["entropy", "confidence", "none"] = "entropy"
-    """Factor on the score: eq. 15, the confidence itself, or 1."""
-    gate_power: Annotated[float, Field(ge=0)] = 1.0
-    """Exponent of the gate."""
-    floor_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Lambda of the entropy floor (eq. 19)."""
-    floor_max: Annotated[float, Field(ge=0)] = 0.0
-    """h_max of the entropy floor, nats (eq. 18): high at the start, 0 at the end."""
-    sharpen: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Temperature of the soft write: pi^(1/sharpen), renormalised."""
-    normalize: Literal["none", "minmax"] = "none"
-    """Rescale the scores of the candidates to [0, 1] before the floor's penalty."""
-
-    def __post_init__(self) -> None:
-        if self.active == "candidates" and self.objective == "remaining":
-            raise ValueError(
-                "active='candidates' with objective='remaining' gives an identically zero "
-                "gradient: every path from a remaining position to a candidate passes through the "
-                "remaining position's attention output, which eq. 30 stops; set active='masked' "
-                "or objective='masked'"
-            )
-        if self.active == "all" and self.context == "frozen" and self.surrogate == "inject":
-            raise ValueError(
-                "active='all' with surrogate='inject' expected context='exact', got 'frozen': "
-                "frozen rows pass no gradient; set context='exact'"
-            )
-
-    @classmethod
-    def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
-        """A preset replaces what the server set; the fields given beside it go on top."""
-        if fields.get("preset") in PRESETS:
-            return PRESETS[fields["preset"]] | dict(fields)
-        return PolicyConfig.resolve.__func__(cls, fields, base)  # type: ignore[attr-defined]
+TINY = 1e-300  # the logarithm of a probability that underflows
 
 
 class BoEPolicy(Policy):
@@ -119,13 +41,17 @@ class BoEPolicy(Policy):
         self.settings = config
 
     def needs(self) -> Needs:
-        """Rows that the backward of the step's own forward passes through."""
-        if self.settings.surrogate == "inject" and self.settings.context == "exact":
-            return Needs()
-        return Needs(rows="all" if self.settings.active == "all" else "masked")
+        """Rows that a backward or a partial pass over the step's own forward needs."""
+        settings = self.settings
+        steers = settings.gain > 0 and not (
+            settings.surrogate == "inject" and settings.context == "exact"
+        )
+        if steers and settings.active == "all":
+            return Needs(rows="all")
+        return Needs(rows="masked" if steers or settings.selection != "top" else "none")
 
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
-        """Prefilter, ask for importance, gate, penalise, take the best."""
+        """Prefilter, score by risk and gain, choose the set."""
         settings = self.settings
         chosen_by = prefilter_scores(view, settings.prefilter)
         candidates = np.sort(top(chosen_by, candidate_count(view, settings)))
@@ -133,28 +59,50 @@ class BoEPolicy(Policy):
         objective = everyone
         if settings.objective == "remaining":
             objective = np.setdiff1d(everyone, candidates)
-        if len(objective) == 0 or len(candidates) == view.quota:
-            scores = np.full(len(everyone), -np.inf)
-            scores[candidates] = view.confidence[candidates]
-            return Commit(chosen=top(scores, view.quota), scores=scores)
-        active = {"all": None, "candidates": candidates, "masked": everyone}[settings.active]
-        importance = yield TokenImportance(
-            candidates=candidates,
-            objective=objective,
-            active=active,
-            surrogate=settings.surrogate,
-            context=settings.context,
-            sharpen=settings.sharpen,
-        )
-        scores = np.full(len(everyone), -np.inf)
-        scores[candidates] = steered_scores(importance, view, candidates, settings)
-        return Commit(chosen=top(scores, view.quota), scores=scores)
+        undecided = len(candidates) > view.quota and len(objective) > 0
+        if undecided or settings.gain == 0:
+            scores = settings.risk * np.log(np.maximum(view.confidence[candidates], TINY))
+        else:
+            scores = view.confidence[candidates]
+        if settings.gain > 0 and undecided:
+            active = {"all": None, "candidates": candidates, "masked": everyone}[settings.active]
+            importance = yield TokenImportance(
+                candidates=candidates,
+                objective=objective,
+                active=active,
+                surrogate=settings.surrogate,
+                context=settings.context,
+                sharpen=settings.sharpen,
+            )
+            scores = scores + settings.gain * steered_scores(importance, view, candidates, settings)
+        scores = np.where(np.isneginf(view.confidence[candidates]), -np.inf, scores)
+        tokens = None
+        if settings.selection == "conditional" and view.quota > 1:
+            chosen, tokens = yield from conditional_set(
+                view, candidates, scores, risk=settings.risk, certain=settings.certain
+            )
+        elif settings.selection == "pairwise" and len(candidates) > view.quota > 1:
+            coupling = yield Coupling(
+                pool=candidates,
+                tokens=view.proposal[candidates],
+                entropy=view.entropy[candidates],
+                estimator=settings.coupling,
+                measure=settings.coupling_measure,
+            )
+            chosen = pairwise_set(scores, settings.interaction * coupling, view.quota)
+        else:
+            chosen = top(scores, view.quota)
+        everyones = np.full(len(everyone), -np.inf)
+        everyones[candidates] = scores
+        return Commit(chosen=candidates[chosen], tokens=tokens, scores=everyones)
 
 
 def candidate_count(view: View, settings: BoEConfig) -> int:
-    """|C|: ceil(rho |M|), or the fixed number; at least the tokens due, at most |M|."""
+    """|C|: a fixed number, or a share of M, or a multiple of the tokens due for sets; at least the
+    tokens due, at most |M|."""
     masked = len(view.positions)
-    wanted = settings.candidates or math.ceil(settings.rho * masked)
+    share = settings.rho * masked if settings.selection == "top" else settings.pool * view.quota
+    wanted = settings.candidates or math.ceil(share)
     return min(masked, max(view.quota, wanted))
 
 

@@ -56,11 +56,11 @@ class KLASSPolicy(Policy):
         settings = self.settings
         history = recent(view.memory.get(HISTORY), view.positions, change, settings.history)
         view.memory[HISTORY] = (view.positions, history)
-        ready = np.zeros(len(view.positions), bool)
-        if view.block_step >= settings.history - 1:
-            ready = (history < settings.kl_threshold).all(0)
-            ready &= view.confidence > settings.confidence_threshold
-        chosen = np.flatnonzero(ready) if ready.any() else top(view.confidence, view.quota)
+        sure = view.confidence > settings.confidence_threshold
+        stable = np.all(history < settings.kl_threshold, axis=0)
+        chosen = np.flatnonzero(sure & stable)
+        if len(chosen) == 0 or view.block_step < settings.history - 1:
+            chosen = top(view.confidence, view.quota)
         return Commit(chosen=chosen, scores=view.confidence)
 
 

@@ -63,7 +63,7 @@ class RemaskingRule:
         if self.schedule == "conf":
             if self.eta is not None:
                 raise ValueError(
-                    f"eta: expected none with schedule 'conf', which spreads sigma_max over the "
+                    f"eta: expected none with sigma_schedule 'conf', which spreads sigma_max over the "
                     f"written tokens, got {self.eta}; remove it or choose another schedule"
                 )
             return
@@ -78,8 +78,8 @@ class RemaskingRule:
             most = (1 - self.alpha_on) / self.alpha_on
             if self.strength > most:
                 raise ValueError(
-                    f"eta: expected at most (1 - alpha_on)/alpha_on = {most:.6g} with schedule "
-                    f"'loop', got {self.eta}; lower eta or alpha_on"
+                    f"eta: expected at most (1 - alpha_on)/alpha_on = {most:.6g} with "
+                    f"sigma_schedule 'loop', got {self.eta}; lower eta or alpha_on"
                 )
 
     @property

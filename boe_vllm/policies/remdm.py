@@ -25,7 +25,7 @@ from boe_vllm.steering.asks import Ask
 class ReMDMConfig(PolicyConfig):
     """Settings of `remdm`. Defaults are the authors', for 1024 steps."""
 
-    schedule: Schedule = "cap"
+    sigma_schedule: Schedule = "cap"
     """Probability sigma of masking a written token again: "cap" min(eta, sigma_max), "rescale"
     eta sigma_max, "conf" sigma_max softmax(-p at its last reveal), "loop" eta from t_on to t_off,
     with the share alpha_on written, and 0 before and after."""
@@ -44,7 +44,7 @@ class ReMDMConfig(PolicyConfig):
     def rule(self) -> RemaskingRule:
         """The rule with these settings."""
         return RemaskingRule(
-            schedule=self.schedule,
+            schedule=self.sigma_schedule,
             eta=self.eta,
             t_on=self.t_on,
             t_off=self.t_off,

@@ -18,11 +18,13 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
-from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.arrays import IntArray
 from boe_vllm.models.functional import accurate
 from boe_vllm.prediction import LogProbabilities, entropy_gradient
 from boe_vllm.rows import SequenceRows, pack
 from boe_vllm.steering.asks import TokenImportance
+from boe_vllm.steering.guidance import guided, with_twins
+from boe_vllm.steering.parts import Part, parts_of, places_of, summed
 from boe_vllm.steering.step import Answer, DenoisingPass
 from boe_vllm.steering.surrogate import FrozenRows, Revealed, reveal, soft_writes
 
@@ -55,41 +57,42 @@ def _single_pass(
 ) -> list[Answer]:
     """ "mask" and "kv": one backward on the step's own tape."""
     assert current.tape is not None
-    model = current.model
-    soft = _soft_writes(current, asks)
-    kept = _packed(current.kept_rows, asks, "candidates").to(current.device)
-    revealing = [n for n, (_, ask) in enumerate(asks) if ask.surrogate == "kv"]
-    lens = [len(ask.candidates) for _, ask in asks]
+    parts = parts_of(current, asks)
+    soft = _soft_writes(current, parts)
+    kept = _packed(current.kept_rows, parts, "candidates").to(current.device)
+    revealing = [n for n, part in enumerate(parts) if part.ask.surrogate == "kv"]
+    lens = [len(part.ask.candidates) for part in parts]
     places = _places(lens, revealing).to(current.device)
-    changes, response = None, None
+    response = None
     if revealing:
         changes = reveal(
             soft[places],
             current,
-            [asks[n][0] for n in revealing],
-            [asks[n][1].candidates for n in revealing],
+            [parts[n].place for n in revealing],
+            [parts[n].ask.candidates for n in revealing],
         )
         response = _Response(changes, kept[places])
-    dx = model.backward(
-        _objective_gradient(current, asks),
+    dx = current.model.backward(
+        _objective_gradient(current, parts),
         current.tape,
-        _open_rows(current, asks),
+        _open_rows(current, parts),
         observe=response,
     )
     change = accurate(soft) - accurate(_mask_embedding(current, soft.dtype))
     scores = -(accurate(dx[kept]) * change).sum(-1)
     if response is not None:
         scores[places] = -response.total()
-    host = scores.double().cpu().numpy()
     return [
         Answer(
-            value=host[start : start + n],
-            forwards=int(ask.surrogate == "kv"),
-            backwards=1,
-            rows_forward=n if ask.surrogate == "kv" else 0,
-            rows_backward=current.layout.kept_lens[s],
+            value=value,
+            forwards=len(own) * (ask.surrogate == "kv"),
+            backwards=len(own),
+            rows_forward=len(own) * len(ask.candidates) * (ask.surrogate == "kv"),
+            rows_backward=sum(current.layout.kept_lens[place] for place in own),
         )
-        for (s, ask), start, n in zip(asks, _starts(lens), lens, strict=True)
+        for (_, ask), own, value in zip(
+            asks, places_of(parts, len(asks)), summed(scores, parts, len(asks)), strict=True
+        )
     ]
 
 
@@ -118,82 +121,90 @@ class _Response:
 def _injected(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]) -> list[Answer]:
     """ "inject": a second forward with all candidates' soft writes, then its backward."""
     model, first = current.model, current
-    frozen = asks[0][1].context == "frozen"
-    owners = [s for s, _ in asks]
-    soft = _soft_writes(first, asks)
-    sequences = []
-    for s, ask in asks:
-        rows = first.sequences[s]
-        keep = "all" if ask.active is None else "masked"
-        live, outside = rows.live_positions, rows.frozen_rows
-        if frozen:
-            live = rows.logit_positions
-            outside = first.layout.attention.kv_seqlens[s] - len(live)
-        sequences.append(
-            SequenceRows(
-                tokens=rows.tokens,
-                logit_positions=rows.logit_positions,
-                keep=keep,
-                live_positions=live,
-                frozen_rows=outside,
-            )
-        )
+    parts = parts_of(first, asks)
+    soft = _soft_writes(first, parts)
+    guides = [first.guide(s) for s, _ in asks]
+    sequences, twins = with_twins(
+        [_relaxed_rows(first, s, ask) for s, ask in asks], guides, first.log_probs.mask_token_id
+    )
     layout = pack(sequences, first.device)
     context = None
     if any(layout.frozen_lens):
         assert first.tape is not None
-        context = FrozenRows(first.tape, layout, owners)
+        context = FrozenRows(first.tape, layout, [part.place for part in parts])
     x = model.embed(layout.tokens).clone()
-    lens = [len(ask.candidates) for _, ask in asks]
     live_rows = [
-        start + ask.candidates for start, (_, ask) in zip(layout.live_starts, asks, strict=True)
+        start + part.ask.candidates for start, part in zip(layout.live_starts, parts, strict=True)
     ]
     x[torch.from_numpy(np.concatenate(live_rows)).to(first.device)] = soft
     hidden, tape = model.run(x, layout, context)
-    forbidden = np.concatenate(
-        [
-            first.log_probs.forbidden[first.logit_rows(s, np.arange(len(rows.logit_positions)))]
-            for s, rows in zip(owners, sequences, strict=True)
-        ]
-    )
+    forbidden = [
+        first.log_probs.forbidden[first.logit_rows(s, np.arange(len(rows.logit_positions)))]
+        for (s, _), rows in zip(asks, sequences, strict=False)
+    ]
     second = DenoisingPass(
         model=model,
-        sequences=tuple(sequences),
+        sequences=sequences,
         layout=layout,
-        log_probs=first.log_probs.of(hidden, forbidden),
+        log_probs=first.log_probs.of(
+            guided(hidden, layout, twins, guides), np.concatenate(forbidden)
+        ),
         tape=tape,
+        guides=tuple(guides),
+        twins=twins,
     )
-    moved = [(n, ask) for n, (_, ask) in enumerate(asks)]
+    parts = parts_of(second, [(n, ask) for n, (_, ask) in enumerate(asks)])
     assert tape is not None
-    dx = model.backward(_objective_gradient(second, moved), tape, _open_rows(second, moved))
-    kept = _packed(second.kept_rows, moved, "candidates").to(first.device)
+    dx = model.backward(_objective_gradient(second, parts), tape, _open_rows(second, parts))
+    kept = _packed(second.kept_rows, parts, "candidates").to(first.device)
     change = accurate(soft) - accurate(_mask_embedding(first, soft.dtype))
-    host = (-(accurate(dx[kept]) * change).sum(-1)).double().cpu().numpy()
+    scores = -(accurate(dx[kept]) * change).sum(-1)
     return [
         Answer(
-            value=host[start : start + n],
-            forwards=1,
-            backwards=1,
-            rows_forward=layout.live_lens[place],
-            rows_backward=layout.kept_lens[place],
+            value=value,
+            forwards=len(own),
+            backwards=len(own),
+            rows_forward=sum(layout.live_lens[place] for place in own),
+            rows_backward=sum(layout.kept_lens[place] for place in own),
         )
-        for place, (start, n) in enumerate(zip(_starts(lens), lens, strict=True))
+        for own, value in zip(
+            places_of(parts, len(asks)), summed(scores, parts, len(asks)), strict=True
+        )
     ]
 
 
-def _soft_writes(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]) -> Tensor:
-    rows = np.concatenate([current.logit_rows(s, ask.candidates) for s, ask in asks])
-    sharpen = np.concatenate([np.full(len(ask.candidates), ask.sharpen) for _, ask in asks])
-    return soft_writes(current.log_probs, rows, sharpen)
+def _relaxed_rows(first: DenoisingPass, s: int, ask: TokenImportance) -> SequenceRows:
+    """The rows of one sequence in the second pass."""
+    rows = first.sequences[s]
+    live, outside = rows.live_positions, rows.frozen_rows
+    if ask.context == "frozen":
+        live = rows.logit_positions
+        outside = first.layout.attention.kv_seqlens[s] - len(live)
+    return SequenceRows(
+        tokens=rows.tokens,
+        logit_positions=rows.logit_positions,
+        keep="all" if ask.active is None else "masked",
+        live_positions=live,
+        frozen_rows=outside,
+    )
 
 
-def _objective_gradient(
-    current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]
-) -> Tensor:
+def _soft_writes(current: DenoisingPass, parts: Sequence[Part]) -> Tensor:
+    """[C, D] soft writes, packed part by part; a twin's are those of its sequence."""
+    own = [part for part in parts if part.place == part.source]
+    rows = np.concatenate([current.logit_rows(p.source, p.ask.candidates) for p in own])
+    sharpen = np.concatenate([np.full(len(p.ask.candidates), p.ask.sharpen) for p in own])
+    soft = soft_writes(current.log_probs, rows, sharpen)
+    again = _places([len(p.ask.candidates) for p in own], [p.number for p in parts[len(own) :]])
+    return torch.cat([soft, soft[again.to(soft.device)]]) if len(again) else soft
+
+
+def _objective_gradient(current: DenoisingPass, parts: Sequence[Part]) -> Tensor:
     """[K, D] gradient of the summed entropies at the kept rows' final hidden states."""
     log_probs: LogProbabilities = current.log_probs
-    rows = np.concatenate([current.logit_rows(s, ask.objective) for s, ask in asks])
-    kept = _packed(current.kept_rows, asks, "objective").to(current.device)
+    rows = np.concatenate([current.logit_rows(p.source, p.ask.objective) for p in parts])
+    weights = np.concatenate([np.full(len(p.ask.objective), p.weight) for p in parts])
+    kept = _packed(current.kept_rows, parts, "objective").to(current.device)
     total = sum(current.layout.kept_lens)
     dhidden = torch.zeros(
         (total, log_probs.hidden_RD.shape[1]),
@@ -201,19 +212,22 @@ def _objective_gradient(
         device=current.device,
     )
     for places, logp in log_probs.rows(rows):
-        dhidden[kept[places]] = current.model.logits_backward(entropy_gradient(logp)).to(dhidden)
+        gradient = entropy_gradient(logp)
+        if (weights[places] != 1).any():
+            gradient = gradient * torch.from_numpy(weights[places]).to(gradient)[:, None]
+        dhidden[kept[places]] = current.model.logits_backward(gradient).to(dhidden)
     return dhidden
 
 
-def _open_rows(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]) -> Tensor:
+def _open_rows(current: DenoisingPass, parts: Sequence[Part]) -> Tensor:
     """[K, 1, 1] 1 where the attention output passes a gradient (eq. 30), else 0."""
     open_rows = np.zeros(sum(current.layout.kept_lens))
-    for s, ask in asks:
-        start = current.layout.kept_starts[s]
-        if ask.active is None:
-            open_rows[start : start + current.layout.kept_lens[s]] = 1
+    for part in parts:
+        start = current.layout.kept_starts[part.place]
+        if part.ask.active is None:
+            open_rows[start : start + current.layout.kept_lens[part.place]] = 1
         else:
-            open_rows[start + ask.active] = 1
+            open_rows[start + part.ask.active] = 1
     dtype = current.log_probs.hidden_RD.dtype
     return torch.from_numpy(open_rows).to(current.device, dtype)[:, None, None]
 
@@ -223,8 +237,8 @@ def _mask_embedding(current: DenoisingPass, dtype: torch.dtype) -> Tensor:
     return current.model.embed(token).to(dtype)
 
 
-def _packed(rows_of, asks: Sequence[tuple[int, TokenImportance]], name: str) -> Tensor:
-    pieces: list[IntArray] = [rows_of(s, getattr(ask, name)) for s, ask in asks]
+def _packed(rows_of, parts: Sequence[Part], name: str) -> Tensor:
+    pieces: list[IntArray] = [rows_of(part.place, getattr(part.ask, name)) for part in parts]
     return torch.from_numpy(np.concatenate(pieces))
 
 

@@ -21,6 +21,7 @@ from boe_vllm.arrays import IntArray
 from boe_vllm.prediction import RowWrites, read_statistics
 from boe_vllm.rows import RowLayout, SequenceRows, pack
 from boe_vllm.steering.asks import Lookahead, Prospect
+from boe_vllm.steering.guidance import guided, with_twins
 from boe_vllm.steering.step import Answer, DenoisingPass
 from boe_vllm.steering.surrogate import soft_writes
 
@@ -49,13 +50,13 @@ def lookahead(current: DenoisingPass, asks: Sequence[tuple[int, Lookahead]]) -> 
     soft = [_SoftWrites(current, s, ask) if ask.tokens is None else None for s, ask in asks]
     prospects: list[list[Prospect]] = [[] for _ in asks]
     rows = [0 for _ in asks]
-    for batch in _batches(states, current.row_budget):
+    for batch in _batches(current, states):
         for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
             prospects[state.ask].append(prospect)
-            rows[state.ask] += state.rows.live_rows
+            rows[state.ask] += current.passes(state.sequence) * state.rows.live_rows
     return [
-        Answer(value=found, forwards=len(found), rows_forward=count)
-        for found, count in zip(prospects, rows, strict=True)
+        Answer(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
+        for (s, _), found, count in zip(asks, prospects, rows, strict=True)
     ]
 
 
@@ -109,16 +110,17 @@ def _states(current: DenoisingPass, n: int, sequence: int, ask: Lookahead) -> It
         )
 
 
-def _batches(states: Sequence[_State], row_budget: int) -> Iterator[list[_State]]:
+def _batches(current: DenoisingPass, states: Sequence[_State]) -> Iterator[list[_State]]:
     """The states in their order, in passes of at most `row_budget` rows, at least one in each."""
     batch: list[_State] = []
     rows = 0
     for state in states:
-        if batch and rows + state.rows.live_rows > row_budget:
+        own = current.passes(state.sequence) * state.rows.live_rows
+        if batch and rows + own > current.row_budget:
             yield batch
             batch, rows = [], 0
         batch.append(state)
-        rows += state.rows.live_rows
+        rows += own
     if batch:
         yield batch
 
@@ -128,15 +130,21 @@ def _predict(
 ) -> Iterator[Prospect]:
     model = current.model
     steps = [current.next_steps[state.sequence] for state in states]
-    layout = pack([state.rows for state in states], current.device)
-    x = _write_softly(current, model.embed(layout.tokens), layout, states, soft)
+    guides = [current.guide(state.sequence) for state in states]
+    packed, twins = with_twins(
+        [state.rows for state in states], guides, current.log_probs.mask_token_id
+    )
+    layout = pack(packed, current.device)
+    everyone = [*states, *(states[n] for n in twins)]
+    x = _write_softly(current, model.embed(layout.tokens), layout, everyone, soft)
     context = None
     if any(layout.frozen_lens):
         assert current.open_cache is not None
         reads = [None if step.cache is None or step.cache.refresh else step.cache for step in steps]
-        context = current.open_cache(layout, reads)
+        context = current.open_cache(layout, reads + [None] * len(twins))
     hidden, _ = model.run(x, layout, context)
-    counts = layout.logit_lens
+    hidden = guided(hidden, layout, twins, guides)
+    counts = layout.logit_lens[: len(states)]
     log_probs = current.log_probs.of(
         hidden, np.repeat([step.eos_forbidden for step in steps], counts)
     )

@@ -14,6 +14,7 @@ import torch
 from boe_vllm.arrays import IntArray
 from boe_vllm.attention.overlay import Overlay, overlay_attention
 from boe_vllm.models.functional import rms_norm
+from boe_vllm.steering.guidance import combined
 from boe_vllm.steering.step import DenoisingPass
 
 Tensor = torch.Tensor
@@ -70,3 +71,22 @@ def run_partial(
         )
         x, _ = block.feed(block.attend(x, mixed))
     return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
+
+
+def run_guided(current: DenoisingPass, states: Sequence[States], x_QD: Tensor) -> Tensor:
+    """`run_partial`'s final states, guided by the same rows of the twins where sequences are."""
+    lens = [given.places.size for given in states]
+    pieces = x_QD.split(lens)
+    members = [n for n, given in enumerate(states) if given.sequence in current.twins]
+    twins = [
+        dataclasses.replace(states[n], sequence=current.twins[states[n].sequence]) for n in members
+    ]
+    x_QD = torch.cat([x_QD, *(pieces[n] for n in members)])
+    hidden = run_partial(current, [*states, *twins], x_QD)
+    assert hidden is not None
+    found = list(hidden.split(lens + [lens[n] for n in members]))
+    for place, n in enumerate(members, len(states)):
+        guide = current.guide(states[n].sequence)
+        assert guide is not None
+        found[n] = combined(found[n], found[place], guide)
+    return torch.cat(found[: len(states)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout, SequenceRows
+from boe_vllm.steering.guidance import Guide
 
 if TYPE_CHECKING:
     from boe_vllm.engine.cache import CachePlan
@@ -53,6 +54,11 @@ class DenoisingPass:
     """For each sequence."""
     device_memory: tuple[dict[str, Any], ...] = ()
     """For each sequence, what solvers keep on the device from one step to the next."""
+    guides: tuple[Guide | None, ...] = ()
+    """For each sequence, its classifier-free guidance; empty if none is guided."""
+    twins: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Guided sequence -> place of its unconditional twin in the layout, after the sequences. The
+    log-probabilities are the guided ones and have no rows of twins."""
     open_cache: Callable[[RowLayout, Sequence[CachePlan | None]], KeyValueContext] | None = None
     """Where a further pass finds the stored keys and values of its sequences."""
     row_budget: int = DEFAULT_ROW_BUDGET
@@ -62,6 +68,14 @@ class DenoisingPass:
     def device(self) -> torch.device:
         """Where the pass ran."""
         return self.layout.device
+
+    def guide(self, sequence: int) -> Guide | None:
+        """How a sequence is guided."""
+        return self.guides[sequence] if self.guides else None
+
+    def passes(self, sequence: int) -> int:
+        """Sequences that stand for this one in every pass: two if it is guided."""
+        return 1 if self.guide(sequence) is None else 2
 
     def logit_rows(self, sequence: int, index: IntArray) -> IntArray:
         """Packed logit rows of a sequence's masked positions given by index."""

@@ -12,15 +12,13 @@ import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.steering.asks import Coupling
-from boe_vllm.steering.partial import States, run_partial
+from boe_vllm.steering.partial import States, run_guided
 from boe_vllm.steering.step import Answer, DenoisingPass
 
 Tensor = torch.Tensor
 
 
-def measured_coupling(
-    current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]
-) -> list[Answer]:
+def measured_coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]) -> list[Answer]:
     """[C, C] per ask for the estimators "exact" and "pairs": one packed pass for all asks.
 
     One state per member of the pool. In "exact" all masked rows of the block are run again, in
@@ -42,8 +40,7 @@ def measured_coupling(
         read.append(first + (np.arange(many)[:, None] * len(rows) + own[None, :]).ravel())
         first += places.size
     x = current.model.embed(torch.from_numpy(np.concatenate(tokens)).to(current.device))
-    hidden = run_partial(current, states, x)
-    assert hidden is not None
+    hidden = run_guided(current, states, x)
     index = np.concatenate(read)
     old_rows = np.concatenate(
         [np.tile(current.logit_rows(s, ask.pool), len(ask.pool)) for s, ask in asks]
@@ -51,7 +48,7 @@ def measured_coupling(
     wanted = np.concatenate([np.tile(ask.tokens, len(ask.pool)) for _, ask in asks])
     kl, pmi = _changes(current, hidden, index, old_rows, wanted)
     answers, start = [], 0
-    for (_s, ask), given in zip(asks, states, strict=True):
+    for (s, ask), given in zip(asks, states, strict=True):
         many = len(ask.pool)
         part = slice(start, start + many * many)
         start += many * many
@@ -59,7 +56,9 @@ def measured_coupling(
         matrix = directed.reshape(many, many)
         matrix = matrix + matrix.T
         np.fill_diagonal(matrix, 0.0)
-        answers.append(Answer(value=matrix, forwards=1, rows_forward=given.places.size))
+        passes = current.passes(s)
+        rows_forward = passes * given.places.size
+        answers.append(Answer(value=matrix, forwards=passes, rows_forward=rows_forward))
     return answers
 
 

@@ -11,7 +11,7 @@ from boe_vllm.prediction import RowWrites, read_statistics
 from boe_vllm.steering.asks import Conditional, Conditioned, Coupling
 from boe_vllm.steering.coupling.attention import attention_coupling
 from boe_vllm.steering.coupling.responses import measured_coupling
-from boe_vllm.steering.partial import States, run_partial
+from boe_vllm.steering.partial import States, run_guided
 from boe_vllm.steering.step import Answer, DenoisingPass
 
 _ESTIMATORS = {
@@ -31,9 +31,7 @@ def coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]) -> li
     return [answers[n] for n in range(len(asks))]
 
 
-def conditional(
-    current: DenoisingPass, asks: Sequence[tuple[int, Conditional]]
-) -> list[Answer]:
+def conditional(current: DenoisingPass, asks: Sequence[tuple[int, Conditional]]) -> list[Answer]:
     """`Conditioned` per ask: written and queried rows are run again, all others frozen."""
     states, tokens, read, rows = [], [], [], []
     first = 0
@@ -46,8 +44,7 @@ def conditional(
         rows.append(current.logit_rows(s, ask.queried))
         first += len(places)
     x = current.model.embed(torch.from_numpy(np.concatenate(tokens)).to(current.device))
-    hidden = run_partial(current, states, x)
-    assert hidden is not None
+    hidden = run_guided(current, states, x)
     wanted = torch.from_numpy(np.concatenate(read)).to(current.device)
     log_probs = current.log_probs.of(
         hidden[wanted], current.log_probs.forbidden[np.concatenate(rows)]
@@ -61,7 +58,7 @@ def conditional(
         ),
     )
     answers, start = [], 0
-    for (_s, _ask), count, state in zip(asks, counts, states, strict=True):
+    for (s, _ask), count, state in zip(asks, counts, states, strict=True):
         part = slice(start, start + count)
         start += count
         answers.append(
@@ -71,8 +68,8 @@ def conditional(
                     confidence=statistics.confidence[part],
                     entropy=statistics.entropy[part],
                 ),
-                forwards=1,
-                rows_forward=state.places.size,
+                forwards=current.passes(s),
+                rows_forward=current.passes(s) * state.places.size,
             )
         )
     return answers

@@ -1,0 +1,132 @@
+"""Settings of `boe`: candidates, gain (steering), risk and interaction, and the named presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from boe_vllm.options import options
+from boe_vllm.policies.base import PolicyConfig
+from boe_vllm.steering.asks import Context, Estimator, Surrogate
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Eq. 13 and 14 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
+    # validation subset"); the values are those of the authors' prototype.
+    "paper": {
+        "surrogate": "mask",
+        "objective": "masked",
+        "active": "masked",
+        "rho": 0.25,
+        "gate": "entropy",
+        "floor_weight": 0.2,
+        "floor_max": 0.3,
+    },
+    # The authors' public prototype (toy model, June 2026), as described in `docs/method.md`.
+    "prototype": {
+        "surrogate": "inject",
+        "context": "exact",
+        "objective": "remaining",
+        "active": "masked",
+        "candidates": 3,
+        "sharpen": 0.5,
+        "gate": "confidence",
+        "normalize": "minmax",
+        "floor_weight": 0.2,
+        "floor_max": 0.3,
+    },
+    # Ours: the set is built one token at a time, each by its probability given the ones before.
+    "joint": {
+        "selection": "conditional",
+        "risk": 1.0,
+        "gain": 0.0,
+        "pool": 2.0,
+    },
+    # Ours: the same with the interaction as a sum over pairs.
+    "pairwise": {
+        "selection": "pairwise",
+        "risk": 1.0,
+        "gain": 0.0,
+        "coupling": "pairs",
+        "coupling_measure": "pmi",
+        "interaction": 1.0,
+        "pool": 2.0,
+    },
+}
+
+
+@options
+class BoEConfig(PolicyConfig):
+    """Settings of `boe`; entropies in nats."""
+
+    preset: Literal["paper", "prototype", "joint", "pairwise"] | None = None
+    """Named settings; fields given beside it override its own."""
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the masked positions that are candidates (paper 4.1: 0.1, 0.25, 0.5)."""
+    candidates: Annotated[int, Field(ge=1)] | None = None
+    """A fixed number of candidates instead of a share."""
+    prefilter: Literal["confidence", "margin", "entropy"] = "confidence"
+    """What candidates are chosen by (paper 3.5)."""
+    surrogate: Surrogate = "kv"
+    """Where the entropy is linearised: "mask" (eq. 13, 14: at the mask embedding), "inject"
+    (A.3.1: at the soft embeddings of all candidates), "kv" (in the keys and values)."""
+    objective: Literal["masked", "remaining"] = "masked"
+    """Entropies that are summed: of all of M, or of M without the candidates (eq. 11)."""
+    active: Literal["masked", "candidates", "all"] = "masked"
+    """Rows whose attention passes a gradient (eq. 30): C and the objective's, C alone, or all."""
+    context: Context = "frozen"
+    """For "inject": whether the rows outside the block keep their old keys and values in the
+    second forward (an approximation) or are computed again."""
+    gate: Literal["entropy", "confidence", "none"] = "entropy"
+    """Factor on the score: eq. 15, the confidence itself, or 1."""
+    gate_power: Annotated[float, Field(ge=0)] = 1.0
+    """Exponent of the gate."""
+    floor_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Lambda of the entropy floor (eq. 19)."""
+    floor_max: Annotated[float, Field(ge=0)] = 0.0
+    """h_max of the entropy floor, nats (eq. 18): high at the start, 0 at the end."""
+    sharpen: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Temperature of the soft write: pi^(1/sharpen), renormalised."""
+    normalize: Literal["none", "minmax"] = "none"
+    """Rescale the scores of the candidates to [0, 1] before the floor's penalty."""
+
+    risk: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of ln p_i, the log-probability of the candidate's own token."""
+    gain: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the Token Importance Score; 0 runs no backward."""
+    selection: Literal["top", "pairwise", "conditional"] = "top"
+    """How the set is chosen: the best scores; greedily less the coupling with what is chosen; or
+    greedily by the scores once the chosen ones are written (all other rows frozen)."""
+    interaction: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the coupling ("pairwise")."""
+    coupling: Estimator = "pairs"
+    """Estimator of the coupling; see `steering.coupling`."""
+    coupling_measure: Literal["kl", "pmi"] = "pmi"
+    """What the coupling measures; see `steering.asks.Coupling`."""
+    pool: Annotated[float, Field(ge=1)] = 2.0
+    """Candidates as a multiple of the tokens due, for "pairwise" and "conditional"."""
+    certain: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability from which a candidate joins the set without a round of its own
+    ("conditional"); 1 for never."""
+
+    def __post_init__(self) -> None:
+        if self.active == "candidates" and self.objective == "remaining":
+            raise ValueError(
+                "active='candidates' with objective='remaining' gives an identically zero "
+                "gradient: every path from a remaining position to a candidate passes through the "
+                "remaining position's attention output, which eq. 30 stops; set active='masked' "
+                "or objective='masked'"
+            )
+        if self.active == "all" and self.context == "frozen" and self.surrogate == "inject":
+            raise ValueError(
+                "active='all' with surrogate='inject' expected context='exact', got 'frozen': "
+                "frozen rows pass no gradient; set context='exact'"
+            )
+
+    @classmethod
+    def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
+        """A preset replaces what the server set; the fields given beside it go on top."""
+        if fields.get("preset") in PRESETS:
+            return PRESETS[fields["preset"]] | dict(fields)
+        return PolicyConfig.resolve.__func__(cls, fields, base)  # type: ignore[attr-defined]

@@ -1,0 +1,70 @@
+"""Every policy costs what policies.md says: forwards, backwards and rows, counted per request."""
+
+import pytest
+from test_loop import NEEDED, finish, make_loop, model, params_of  # noqa: F401
+
+from boe_vllm.policies import POLICY_NAMES
+
+LENGTH, PROMPT, PER_STEP = 8, 3, 2
+STEPS = LENGTH // PER_STEP
+
+# policy -> (forwards per step at most, beyond them per block, backwards per step at most, steps at
+# most); the first entry alone is exact where a policy looks at nothing but its own step.
+COST = {
+    **{
+        name: (1, 0, 0, STEPS)
+        for name in (
+            "random", "confidence", "margin", "entropy", "confident-random", "pc", "p2", "remdm",
+        )
+    },
+    **{name: (1, 0, 0, LENGTH) for name in ("eb", "threshold", "factor", "klass", "origin")},
+    "remdm-llada": (1, 0, 0, 2 * STEPS),
+    "lookum": (2, 1, 0, STEPS),
+    "info-gain": (8, 1, 0, STEPS),
+    "lookahead": (1 + LENGTH, 0, 0, STEPS),
+    "boe": (2, 0, 1, STEPS),
+}  # fmt: skip
+FIXED = ("random", "confidence", "margin", "entropy", "confident-random", "pc", "p2")
+SETTINGS = {"info-gain": {"bypass": 0.0, "position_temperature": 5.0}, "lookum": {"paths": 2}}
+
+
+def cost_of(model, name, **more):  # noqa: F811
+    fields = {"policy": name, "block_length": LENGTH, "tokens_per_step": PER_STEP}
+    fields |= NEEDED.get(name, {}) | SETTINGS.get(name, {}) | more
+    loop = make_loop(model)
+    loop.add("x", [1, 2, 3], params_of(fields, prompt_len=PROMPT, max_tokens=LENGTH, seed=2))
+    return finish(loop)[1]["x"]
+
+
+def test_the_table_has_every_policy():
+    assert set(COST) == POLICY_NAMES
+
+
+@pytest.mark.parametrize("name", sorted(COST))
+def test_every_policy_costs_what_the_table_says(model, name):  # noqa: F811
+    per_step, per_block, backwards, most = COST[name]
+    report = cost_of(model, name)
+    steps = report["denoising_steps"]
+    assert 1 <= steps <= most and (steps == STEPS or name not in FIXED)
+    assert steps <= report["forwards"] <= per_step * steps + per_block
+    if per_step == 1:
+        assert report["forwards"] == steps
+    assert report["backwards"] <= backwards * steps
+    if backwards == 0:
+        assert report["rows_backward"] == 0
+        assert report["rows_forward"] == report["forwards"] * (PROMPT + LENGTH)
+    else:
+        assert report["backwards"] > 0 and report["rows_backward"] <= report["backwards"] * LENGTH
+
+
+def test_look_ahead_states_count_one_forward_each(model):  # noqa: F811
+    # Eight, six and four candidates beside the step's own forward; two left are written unseen.
+    assert cost_of(model, "lookahead")["forwards"] == (1 + 8) + (1 + 6) + (1 + 4) + 1
+    assert cost_of(model, "lookahead", rho=0.5)["forwards"] == (1 + 4) + (1 + 3) + 1 + 1
+
+
+def test_a_winner_that_is_not_reused_costs_one_forward_more(model):  # noqa: F811
+    for name in ("info-gain", "lookum"):
+        reused, own = cost_of(model, name), cost_of(model, name, reuse=False)
+        assert own["denoising_steps"] == reused["denoising_steps"] == STEPS
+        assert 0 < own["forwards"] - reused["forwards"] <= STEPS - 1

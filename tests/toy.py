@@ -1,0 +1,155 @@
+"""A denoiser without a network: random predictions that depend on the whole sequence, many of them
+equal, so that a policy can be driven through hundreds of requests, ties included."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from boe_vllm.config import parse_sampler_config, plan_canvas
+from boe_vllm.engine.canvas import Canvas
+from boe_vllm.engine.request import RequestParams
+from boe_vllm.prediction import RowStatistics
+from boe_vllm.steering.asks import Lookahead, Prospect
+
+VOCAB, MASK = 9, 8
+PATTERNS = [
+    [9.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
+    [3.0, 2.5, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
+    [2.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
+    [1.0, 0.9, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
+    [5.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
+]
+
+
+class Toy:
+    """Each position's logits are one of a few patterns, turned; the mask token leads by far."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def logits(self, tokens):
+        digest = hashlib.blake2b(bytes(map(int, tokens)), salt=self.seed.to_bytes(8, "big")).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+        rows = []
+        for _ in tokens:
+            pattern, turn = PATTERNS[rng.integers(len(PATTERNS))], int(rng.integers(8))
+            rows.append([*pattern[turn:], *pattern[:turn], 20.0])
+        return rows
+
+    def statistics(self, tokens, positions) -> RowStatistics:
+        """Of the given positions, as the engine would have them at temperature 0."""
+        logits = np.array(self.logits(tokens))[positions].reshape(-1, VOCAB)
+        logits[:, MASK] = -1e30
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        p = np.exp(logp)
+        ordered = np.sort(p, -1)
+        return RowStatistics(
+            proposal=p.argmax(-1),
+            confidence=ordered[:, -1],
+            margin=ordered[:, -1] - ordered[:, -2],
+            entropy=-(p * np.where(p > 0, logp, 0)).sum(-1),
+            finite=np.ones(len(p), bool),
+            rank=np.ones(len(p), np.int64),
+            top_tokens=None,
+            top_logprobs=None,
+        )
+
+    def prospects(self, tokens, positions, ask: Lookahead):
+        """The answer to a look-ahead that writes tokens."""
+        found = []
+        for written, values in zip(ask.writes, ask.tokens, strict=True):
+            state = tokens.copy()
+            state[positions[written]] = values
+            still = np.setdiff1d(np.arange(len(positions)), written)
+            seen = {
+                "block": positions[still],
+                "masked": np.flatnonzero(state == MASK),
+                "all": np.arange(len(state)),
+            }[ask.observe]
+            block = self.statistics(state, positions[still])
+            elsewhere = self.statistics(state, np.setdiff1d(seen, positions[still]))
+            found.append(
+                Prospect(
+                    index=still,
+                    proposal=block.proposal,
+                    confidence=block.confidence,
+                    margin=block.margin,
+                    entropy=block.entropy,
+                    elsewhere=elsewhere.entropy,
+                    carry=block if ask.carry else None,
+                )
+            )
+        return found
+
+
+class Driven:
+    """A canvas that a policy fills from a toy's predictions; everything that happens is noted."""
+
+    def __init__(self, toy, fields, prompt, gen_length, *, seed=0, late=(), policy=None) -> None:
+        config = parse_sampler_config(fields)
+        plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=gen_length, max_model_len=200)
+        self.toy = toy
+        self.canvas = Canvas(
+            prompt,
+            RequestParams(config=config, plan=plan, temperature=0.0, seed=seed),
+            mask_token_id=MASK,
+            vocab_size=VOCAB,
+            late_tokens=frozenset(late),
+        )
+        if policy is not None:
+            self.canvas.policy = policy
+            self.canvas.step_limit = policy.step_limit(
+                self.canvas.block_masks, self.canvas.block_steps
+            )
+        self.inputs, self.commits, self.views, self.sent, self.forwards = [], [], [], [], 0
+
+    def step(self):
+        canvas = self.canvas
+        positions, written = canvas.writable(), canvas.written()
+        rows = positions
+        if canvas.policy.needs().revision:
+            rows = np.concatenate([positions, written])
+        statistics = canvas.carried
+        if statistics is None:
+            statistics = self.toy.statistics(canvas.tokens, rows)
+            self.forwards += 1
+        self.inputs.append(canvas.tokens.tolist())
+        view = canvas.view(positions, slice(0, len(rows)), statistics)
+        generator, reply = canvas.policy.step(view), None
+        while True:
+            try:
+                ask = generator.send(reply)
+            except StopIteration as stop:
+                commit = stop.value
+                break
+            reply = self.toy.prospects(canvas.tokens, positions, ask)
+            self.forwards += len(reply)
+        canvas.apply(commit, view, slice(0, len(rows)), statistics)
+        self.views.append(view)
+        self.commits.append(commit)
+        self.sent.append(canvas.emit())
+        return commit
+
+    def finish(self, limit=2000):
+        for _ in range(limit):
+            self.step()
+            if self.canvas.done:
+                return self
+        raise AssertionError("a request did not end")
+
+    @property
+    def tokens(self):
+        return self.canvas.tokens[self.canvas.prompt_len :].tolist()
+
+
+def without_repeats(states):
+    """Each state once where it follows itself: a step that changed nothing leaves no trace."""
+    return [s for n, s in enumerate(states) if n == 0 or s != states[n - 1]]
+
+
+def steps_by(tokens_per_step=None, steps=None):
+    """Steps of a block by its number of masks, as the frame has them."""
+    return lambda masks: steps or math.ceil(masks / tokens_per_step)
