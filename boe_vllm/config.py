@@ -89,6 +89,24 @@ class ServerConfig:
             frequencies.load(self.frequencies)
 
 
+@options.options
+class EngineSettings:
+    """What only the server may set, in vLLM's `additional_config`."""
+
+    logits_budget_mb: PositiveInt = 256
+    """Largest temporary of rows x vocabulary, MiB; more rows are computed tile by tile."""
+
+    @classmethod
+    def read(cls, additional_config: Mapping[str, Any]) -> EngineSettings:
+        """Our settings among vLLM's `additional_config`.
+
+        Raises:
+            ValueError: for an invalid value, by name.
+        """
+        known = options.names(cls)
+        return options.build(cls, {k: v for k, v in additional_config.items() if k in known})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
     """A policy by name, its own settings, and the frame around it."""

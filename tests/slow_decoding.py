@@ -33,6 +33,8 @@ class Decoded:
     step_of: list[int]
     """For each position of the canvas, the step that wrote it."""
     steps: int
+    changes: list[dict[int, float]]
+    """Per step, the KL of each masked position of the block from the step before."""
 
 
 def decode(
@@ -57,6 +59,7 @@ def decode(
     kls = [[0.0] * history for _ in x]  # as KLASS begins
     written_at = [-1] * len(x)
     total = 0
+    changes = []
     for begin in range(len(prompt), len(x), block_length):
         start = 0 if begin == len(prompt) else begin
         end = min(begin + block_length, len(x))
@@ -77,6 +80,7 @@ def decode(
                 kls[i] = [*kls[i][1:], float(change)]
             before = p
             masked = [i for i in range(start, end) if x[i] == mask]
+            changes.append({i: kls[i][-1] for i in masked})
             if schedule == "linear":
                 quota = max(1, local_rules.linear_quota(count, steps, step))
             else:
@@ -111,4 +115,4 @@ def decode(
                 written_at[masked[i]] = total
             step += 1
             total += 1
-    return Decoded(x[len(prompt) :], written_at[len(prompt) :], total)
+    return Decoded(x[len(prompt) :], written_at[len(prompt) :], total, changes)

@@ -119,9 +119,10 @@ def remdm_numbers(schedule, eta, k, steps, t_on=0.55, t_off=0.05, alpha_on=0.9):
     else:
         alpha_t, alpha_s = 1 - t, 1 - s
         sigma_max = min(1, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1
-        sigma = {"cap": lambda: min(eta, sigma_max), "rescale": lambda: eta * sigma_max}.get(
-            schedule, lambda: sigma_max
-        )()
+        if schedule == "conf":
+            sigma = sigma_max
+        else:
+            sigma = min(eta, sigma_max) if schedule == "cap" else eta * sigma_max
     used = 0 if schedule == "conf" else sigma  # sigma is zero on masks
     return sigma, (alpha_s - (1 - used) * alpha_t) / (1 - alpha_t)
 

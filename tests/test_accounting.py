@@ -8,24 +8,34 @@ from boe_vllm.policies import POLICY_NAMES
 LENGTH, PROMPT, PER_STEP = 8, 3, 2
 STEPS = LENGTH // PER_STEP
 
-# policy -> (forwards per step at most, beyond them per block, backwards per step at most, steps at
-# most); the first entry alone is exact where a policy looks at nothing but its own step.
+# At most: forwards per step, forwards beyond them, backwards per step, steps. Where it is one
+# forward per step, it is exactly one.
+SINGLE, ADAPTIVE = (1, 0, 0, STEPS), (1, 0, 0, LENGTH)
 COST = {
-    **{
-        name: (1, 0, 0, STEPS)
-        for name in (
-            "random", "confidence", "margin", "entropy", "confident-random", "pc", "p2", "remdm",
-        )
-    },
-    **{name: (1, 0, 0, LENGTH) for name in ("eb", "threshold", "factor", "klass", "origin")},
+    "random": SINGLE,
+    "confidence": SINGLE,
+    "margin": SINGLE,
+    "entropy": SINGLE,
+    "confident-random": SINGLE,
+    "pc": SINGLE,
+    "p2": SINGLE,
+    "remdm": SINGLE,
     "remdm-llada": (1, 0, 0, 2 * STEPS),
+    "origin": ADAPTIVE,
+    "eb": ADAPTIVE,
+    "threshold": ADAPTIVE,
+    "factor": ADAPTIVE,
+    "klass": ADAPTIVE,
     "lookum": (2, 1, 0, STEPS),
     "info-gain": (8, 1, 0, STEPS),
     "lookahead": (1 + LENGTH, 0, 0, STEPS),
     "boe": (2, 0, 1, STEPS),
-}  # fmt: skip
+}
 FIXED = ("random", "confidence", "margin", "entropy", "confident-random", "pc", "p2")
-SETTINGS = {"info-gain": {"bypass": 0.0, "position_temperature": 5.0}, "lookum": {"paths": 2}}
+SETTINGS = {
+    "info-gain": {"bypass": 0.0, "position_temperature": 5.0},
+    "boe": {"rho": 1.0},  # enough candidates for every step but the last to steer
+}
 
 
 def cost_of(model, name, **more):  # noqa: F811
@@ -54,7 +64,25 @@ def test_every_policy_costs_what_the_table_says(model, name):  # noqa: F811
         assert report["rows_backward"] == 0
         assert report["rows_forward"] == report["forwards"] * (PROMPT + LENGTH)
     else:
-        assert report["backwards"] > 0 and report["rows_backward"] <= report["backwards"] * LENGTH
+        assert report["rows_backward"] <= report["backwards"] * LENGTH
+
+
+def test_boe_steers_in_every_step_that_has_a_choice(model):  # noqa: F811
+    report = cost_of(model, "boe", surrogate="kv", gain=1.0, selection="top")
+    assert (report["forwards"], report["backwards"]) == (STEPS + 3, 3)
+    report = cost_of(model, "boe", surrogate="mask", gain=1.0, selection="top")
+    assert (report["forwards"], report["backwards"]) == (STEPS, 3)
+
+
+def test_guidance_doubles_the_forwards(model):  # noqa: F811
+    for name in ("confidence", "p2", "lookahead", "info-gain"):
+        plain, guided = cost_of(model, name), cost_of(model, name, cfg_scale=0.0)
+        assert plain == guided
+        guided = cost_of(model, name, cfg_scale=1.0)
+        assert guided["forwards"] % 2 == 0
+        if name != "info-gain":  # whose candidate sets differ under guidance
+            assert guided["forwards"] == 2 * plain["forwards"]
+            assert guided["rows_forward"] == 2 * plain["rows_forward"]
 
 
 def test_look_ahead_states_count_one_forward_each(model):  # noqa: F811

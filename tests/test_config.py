@@ -2,7 +2,7 @@
 
 import pytest
 
-from boe_vllm.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.config import EngineSettings, SamplerConfig, parse_sampler_config, plan_canvas
 
 BAD = [
     ({"policy": "nope"}, r"policy: expected one of \[.*\], got 'nope'; choose"),
@@ -114,3 +114,9 @@ def test_steps_are_shared_out_over_blocks():
 def test_a_canvas_that_does_not_fit_is_refused(fields, changes, message):
     with pytest.raises(ValueError, match=message):
         plan(fields, **changes)
+
+
+def test_engine_settings_are_read_from_additional_config():
+    assert EngineSettings.read({"logits_budget_mb": 64, "sampler": "boe"}).logits_budget_mb == 64
+    with pytest.raises(ValueError, match=r"logits_budget_mb: .*greater than or equal to 1, got 0"):
+        EngineSettings.read({"logits_budget_mb": 0})

@@ -139,6 +139,36 @@ def test_klass_compares_a_blocks_first_step_with_the_block_before(random_model):
     assert max(second) > 1
 
 
+def test_the_kls_of_klass_are_exact(random_model):
+    model, dense = random_model
+    prompt = np.random.default_rng(8).integers(0, 25, 9).tolist()
+    fields = {"policy": "klass", "block_length": 8} | LOOSE
+    loop = make_loop(model)
+    loop.add("x", prompt, params_of(fields, prompt_len=9, max_tokens=24, seed=3))
+    canvas = loop.canvases["x"]
+    decide, seen = canvas.policy.step, []
+
+    def step(view):
+        inner = decide(view)
+        change = yield next(inner)
+        seen.append(dict(zip(view.positions.tolist(), change.tolist(), strict=True)))
+        try:
+            inner.send(change)
+        except StopIteration as stop:
+            return stop.value
+
+    canvas.policy.step = step
+    finish(loop)
+    rule = functools.partial(rules.klass, **LOOSE)
+    want = slow_decoding.decode(dense, prompt, rule, gen_length=24, block_length=8).changes
+    assert [list(w) for w in want] == [list(s) for s in seen]
+    assert min(want[0].values()) > 20  # p_0 = 0
+    for got, expected in zip(seen, want, strict=True):
+        np.testing.assert_allclose(
+            list(got.values()), list(expected.values()), rtol=1e-8, atol=1e-12
+        )
+
+
 def test_origin_ends_within_its_steps_and_passes_over_idle_ones(random_model):
     model, _ = random_model
     loop = make_loop(model)

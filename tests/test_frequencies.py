@@ -105,3 +105,21 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         arguments = ["--tokenizer", str(tokenizer), "--corpus", str(corpus), "--out", out]
         assert cli.main(["count-frequencies", *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_request_that_names_a_file_is_refused_at_admission():
+    pytest.importorskip("vllm")
+    from engine_config import engine_config
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    from boe_vllm.engine.admission import check, plan_request
+
+    sampler = {"sampler": "entropy", "sampler_config": {"frequencies": TABLE}}
+    server = engine_config(additional_config=sampler)
+    asked = SamplingParams(max_tokens=4, extra_args={"policy": "pc", "alpha": "3"})
+    settings = plan_request(2, asked, server)[0].settings
+    assert (settings.frequencies, settings.alpha) == (TABLE, 3.0)
+    asked.extra_args["frequencies"] = "/etc/passwd"
+    with pytest.raises(VLLMValidationError, match=r"frequencies: expected in the server's own"):
+        check([1, 2], asked, server)

@@ -338,8 +338,8 @@ def test_the_winners_prediction_is_what_the_next_step_would_compute(
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-9)
     saved = other_report["forwards"] - report["forwards"]
     assert 0 < saved < report["denoising_steps"]
-    # Every look-ahead serves the step after it: three of four in each of three blocks, the last step
-    # having nothing to choose. LookUM may draw the same set twice and look at nothing.
+    # Every look-ahead serves the step after it: three of four in each of three blocks, the last
+    # step having nothing to choose. LookUM may draw the same set twice and look at nothing.
     if not frame:
         assert saved == 9 if fields["policy"] == "info-gain" else 3 < saved <= 9
 

@@ -226,7 +226,7 @@ def print_result(
     args: argparse.Namespace,
 ) -> None:
     """The last line: one JSON object. Keys that this run could not measure are left out."""
-    line = {"benchmark": benchmark}
+    line: dict[str, Any] = {"benchmark": benchmark}
     line |= {name: _rounded(value) for name, value in keys.items() if value is not None}
     line |= {"details": _rounded(details), "environment": dict(environment), "options": vars(args)}
     print()

@@ -1,15 +1,17 @@
 """The engine's share of a step beside the network.
 
 The bundled model serves requests in an engine in this process. Counted as the network's are its
-passes (embedding, forward, backward, output head, soft writes) and the statistics of the logits, up
-to their transfer to the host; everything else that vLLM's engine does from one step to the next is
-overhead: scheduling, packing rows, the policy's decision, bookkeeping, outputs. Where steering
-computes outside those calls (the entropy's gradient, sums of scores), it counts as overhead too.
+passes (embedding, forward, backward, output head, soft writes, partial passes of candidates) and
+the statistics of the logits, up to their transfer to the host; everything else that vLLM's engine
+does from one step to the next is overhead: scheduling, packing rows, the policy's decision,
+bookkeeping, outputs. Where steering computes outside those calls (the entropy's gradient, sums of
+scores), it counts as overhead too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,11 @@ from boe_vllm.bench.engine import Engine, draw_workload
 from boe_vllm.bench.machine import Environment, print_facts
 
 MODEL_PASSES = ("embed", "run", "backward", "logits", "logits_backward", "soft_embed")
+FUNCTIONS = (
+    ("boe_vllm.engine.loop", "read_statistics"),
+    ("boe_vllm.steering.surrogate", "run_partial"),
+)
+"""Further calls that count as the network's, where they are looked up."""
 POLICIES: dict[str, dict[str, Any]] = {
     "confidence": {"policy": "confidence"},
     "mask": {"policy": "boe", "surrogate": "mask"},
@@ -104,12 +111,12 @@ class _Stopwatch:
 
     def attach(self, engine: Engine) -> None:
         """Wrap the engine's step and the network's passes."""
-        from boe_vllm.engine import loop as loop_module
-
         model = engine.loop.model
         for name in MODEL_PASSES:
             setattr(model, name, self._network(getattr(model, name)))
-        loop_module.read_statistics = self._network(loop_module.read_statistics)
+        for module_name, name in FUNCTIONS:
+            module = importlib.import_module(module_name)
+            setattr(module, name, self._network(getattr(module, name)))
         llm_engine = engine.llm.llm_engine
         llm_engine.step = self._step(llm_engine.step)
 

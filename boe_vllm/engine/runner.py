@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
+from boe_vllm.config import EngineSettings
 from boe_vllm.engine.admission import plan_request, server_config
 from boe_vllm.engine.canvas import RequestParams, TokenLogprobs
 from boe_vllm.engine.loop import DenoisingLoop, StepResult
@@ -73,6 +74,7 @@ class DiffusionModelRunner:
         parameters = self.model.parameters()
         self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
         late = {config.eos_token_id, config.eot_token_id} - {None}
+        settings = EngineSettings.read(self.vllm_config.additional_config)
         # The scheduler keeps the rows of all requests that hold a canvas within this.
         rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
@@ -81,6 +83,7 @@ class DiffusionModelRunner:
             eos_token_id=config.eos_token_id,
             late_tokens=frozenset(late),
             device=self.device,
+            budget_bytes=settings.logits_budget_mb * 2**20,
             cache_rows=rows,
             row_budget=rows,
         )

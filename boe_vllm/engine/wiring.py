@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from boe_vllm.config import EngineSettings
 from boe_vllm.engine import admission
 from boe_vllm.engine.admission import NEUTRAL, NEUTRAL_FILTERS, parse_server_config
 
@@ -88,6 +89,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
 def _set_sampler(vllm_config: VllmConfig) -> None:
     """Parse the server's defaults once; every process reads them back from `additional_config`."""
     additional = dict(vllm_config.additional_config)
+    EngineSettings.read(additional)
     config = parse_server_config(additional)
     additional["sampler"] = config.policy
     additional["sampler_config"] = config.as_dict()

@@ -221,6 +221,8 @@ class LLaDAForDiffusion(nn.Module):
         tape = Tape(layout, rotary[:, kept], []) if keep else None
         for index, block in enumerate(self.blocks):
             q, k, v = block.project(x_TD, rotary)
+            if tape is not None:
+                v = v.contiguous()  # a view would keep every row's queries alive
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
             after = block.attend(x_TD, mixed)

@@ -18,6 +18,7 @@ import numpy as np
 from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
+from boe_vllm.policies.composition import composed
 from boe_vllm.policies.selection import conditional_set, pairwise_set
 from boe_vllm.steering.asks import Ask, Coupling, TokenImportance
 
@@ -51,6 +52,11 @@ class BoEPolicy(Policy):
         return Needs(rows="masked" if steers or settings.selection != "top" else "none")
 
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
+        """The choice, with the remasking or the commit bound that the settings put on top."""
+        ranks = self.settings.selection == "top"
+        return (yield from composed(self.choose, view, self.settings, ranks=ranks))
+
+    def choose(self, view: View) -> Generator[Ask, Any, Commit]:
         """Prefilter, score by risk and gain, choose the set."""
         settings = self.settings
         chosen_by = prefilter_scores(view, settings.prefilter)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from boe_vllm.options import options
 from boe_vllm.policies.base import PolicyConfig
+from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.asks import Context, Estimator, Surrogate
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,8 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @options
-class BoEConfig(PolicyConfig):
-    """Settings of `boe`; entropies in nats."""
+class BoEConfig(CompositionConfig):
+    """Settings of `boe`, beside those of `CompositionConfig`; entropies in nats."""
 
     preset: Literal["paper", "prototype", "joint", "pairwise"] | None = None
     """Named settings; fields given beside it override its own."""
@@ -111,6 +112,7 @@ class BoEConfig(PolicyConfig):
     ("conditional"); 1 for never."""
 
     def __post_init__(self) -> None:
+        CompositionConfig.__post_init__(self)
         if self.active == "candidates" and self.objective == "remaining":
             raise ValueError(
                 "active='candidates' with objective='remaining' gives an identically zero "

@@ -18,7 +18,8 @@ from pydantic import Field
 
 from boe_vllm import randomness
 from boe_vllm.arrays import BoolArray, FloatArray, IntArray
-from boe_vllm.policies.base import View
+from boe_vllm.options import options
+from boe_vllm.policies.base import PolicyConfig, View
 
 Schedule = Literal["cap", "rescale", "conf", "loop"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -63,8 +64,8 @@ class RemaskingRule:
         if self.schedule == "conf":
             if self.eta is not None:
                 raise ValueError(
-                    f"eta: expected none with sigma_schedule 'conf', which spreads sigma_max over the "
-                    f"written tokens, got {self.eta}; remove it or choose another schedule"
+                    f"eta: expected none with sigma_schedule 'conf', which spreads sigma_max over "
+                    f"the written tokens, got {self.eta}; remove it or choose another schedule"
                 )
             return
         if self.eta is None:
@@ -101,6 +102,13 @@ class RemaskingRule:
             fall = (1 - self.alpha_on) / self.t_off
             return _rates(1 - t * fall, 1 - s * fall, 0.0)
         return _rates(self.alpha_on, self.alpha_on, self.strength)
+
+    def share(self, iteration: int, steps: int) -> float:
+        """Share of the block that is to be written after an iteration, never falling: coarse steps
+        overshoot `alpha_on` before "loop" begins."""
+        after = self.rates(iteration, steps).alpha_s
+        before_loop = (steps - iteration) / steps > self.t_on and iteration < steps - 1
+        return min(after, self.alpha_on) if self.schedule == "loop" and before_loop else after
 
     def between(self, alpha_t: float, alpha_s: float) -> Rates:
         """The numbers of "cap", "rescale" and "conf" between two shares."""
@@ -143,6 +151,37 @@ class RemaskingRule:
 def _rates(alpha_t: float, alpha_s: float, sigma: float) -> Rates:
     reveal = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
     return Rates(alpha_t=alpha_t, alpha_s=alpha_s, sigma=sigma, reveal=min(1.0, max(0.0, reveal)))
+
+
+@options
+class RemaskingConfig(PolicyConfig):
+    """Settings of the rule. Defaults are the authors', for 1024 steps."""
+
+    sigma_schedule: Schedule = "cap"
+    """Probability sigma of masking a written token again: "cap" min(eta, sigma_max), "rescale"
+    eta sigma_max, "conf" sigma_max softmax(-p at its last reveal), "loop" eta from t_on to t_off,
+    with the share alpha_on written, and 0 before and after."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Strength. Default: 0.008 (cap), 0.015 (rescale), 0.02 (loop)."""
+    t_on: Share = 0.55
+    """Time at which the loop begins; time runs from 1 to 0."""
+    t_off: Share = 0.05
+    """Time at which the loop ends; a block of fewer than 1/t_off steps ends in the loop."""
+    alpha_on: Share = 0.9
+    """Share of the block that is written during the loop."""
+
+    def __post_init__(self) -> None:
+        self.rule()
+
+    def rule(self) -> RemaskingRule:
+        """The rule with these settings."""
+        return RemaskingRule(
+            schedule=self.sigma_schedule,
+            eta=self.eta,
+            t_on=self.t_on,
+            t_off=self.t_off,
+            alpha_on=self.alpha_on,
+        )
 
 
 class Diary:

@@ -8,48 +8,21 @@ tokens at temperature 1 from a nucleus of 0.9; the nucleus is not offered here.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
 from boe_vllm.options import options
-from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View
-from boe_vllm.policies.remasking import Diary, RemaskingRule, Schedule, Share
+from boe_vllm.policies.base import Commit, Policy, View
+from boe_vllm.policies.remasking import Diary, RemaskingConfig
 from boe_vllm.steering.asks import Ask
 
 
 @options
-class ReMDMConfig(PolicyConfig):
-    """Settings of `remdm`. Defaults are the authors', for 1024 steps."""
-
-    sigma_schedule: Schedule = "cap"
-    """Probability sigma of masking a written token again: "cap" min(eta, sigma_max), "rescale"
-    eta sigma_max, "conf" sigma_max softmax(-p at its last reveal), "loop" eta from t_on to t_off,
-    with the share alpha_on written, and 0 before and after."""
-    eta: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Strength. Default: 0.008 (cap), 0.015 (rescale), 0.02 (loop)."""
-    t_on: Share = 0.55
-    """Time at which the loop begins; time runs from 1 to 0."""
-    t_off: Share = 0.05
-    """Time at which the loop ends; a block of fewer than 1/t_off steps ends in the loop."""
-    alpha_on: Share = 0.9
-    """Share of the block that is written during the loop."""
-
-    def __post_init__(self) -> None:
-        self.rule()
-
-    def rule(self) -> RemaskingRule:
-        """The rule with these settings."""
-        return RemaskingRule(
-            schedule=self.sigma_schedule,
-            eta=self.eta,
-            t_on=self.t_on,
-            t_off=self.t_off,
-            alpha_on=self.alpha_on,
-        )
+class ReMDMConfig(RemaskingConfig):
+    """Settings of `remdm`: those of the rule."""
 
 
 class ReMDMPolicy(Policy):
