@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
-    """Declare a frozen, keyword-only, slotted dataclass whose fields are checked when it is made."""
+    """Declare a frozen, keyword-only, slotted dataclass whose fields are checked once."""
     made = pydantic.dataclasses.dataclass(
         frozen=True,
         kw_only=True,

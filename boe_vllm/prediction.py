@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -69,14 +69,13 @@ class RowStatistics:
 
     def part(self, rows: slice) -> RowStatistics:
         """The statistics of some of the rows."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return RowStatistics(
-            **{name: None if value is None else value[rows] for name, value in values.items()}
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        cut: dict[str, Any] = {n: None if v is None else v[rows] for n, v in values.items()}
+        return RowStatistics(**cut)
 
 
 class LogProbabilities:
-    """Log-probabilities [R, V] of a pass, nats: kept if they fit the budget, else computed again."""
+    """Log-probabilities [R, V] of a pass, nats: kept if they fit the budget, else recomputed."""
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ class RowLayout:
 
     @functools.cached_property
     def attention(self) -> AttentionLayout:
-        """Queries are the live rows; keys are the live rows, then the frozen ones; kept = active."""
+        """Queries: the live rows; keys: the live rows, then the frozen ones; active: the kept."""
         return AttentionLayout(
             q_seqlens=self.live_lens,
             kv_seqlens=tuple(

@@ -3,8 +3,8 @@
     vllm serve "$(python -c 'import boe_vllm; print(boe_vllm.tiny_model_path())')" --sampler boe
     python examples/client.py --base-url http://localhost:8000/v1
 
-Plain, streaming, many concurrent requests with policies of their own, and requests that are refused.
-Per-request settings travel in `vllm_xargs`; what a request has cost comes back in
+Plain, streaming, many concurrent requests with policies of their own, and requests that are
+refused. Per-request settings travel in `vllm_xargs`; what a request has cost comes back in
 `kv_transfer_params["boe"]`. The last line is JSON.
 """
 

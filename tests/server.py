@@ -57,7 +57,8 @@ def _wait_until_up(process, port: int, log: Path, timeout: float) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise RuntimeError(f"server exited with {process.returncode}:\n{log.read_text()[-4000:]}")
+            end_of_log = log.read_text()[-4000:]
+            raise RuntimeError(f"server exited with {process.returncode}:\n{end_of_log}")
         with contextlib.suppress(OSError):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
                 if answer.status == 200:

@@ -26,6 +26,11 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
     {"policy": "margin", "alg_temp": 0.2, "schedule": "cosine"},
     {"policy": "klass", "confidence_threshold": 0.2, "kl_threshold": 0.3},
     {"policy": "boe", "cfg_scale": 0.5},
+    {"policy": "boe", "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.8},
+    {"policy": "boe", "commit": "eb", "gamma": 1.0},
+    {"policy": "info-gain", "bypass": 0.0, "cfg_scale": 0.5},
+    {"policy": "remdm", "sigma_schedule": "rescale", "eta": 0.8},
+    {"policy": "p2", "eta": 3.0},
 ]
 
 
@@ -58,7 +63,7 @@ def finish(loop, ids=None):
     ids = list(loop.canvases) if ids is None else ids
     tokens, reports = {i: [] for i in ids}, {}
     for _ in range(500):
-        live = [i for i in loop.canvases]
+        live = list(loop.canvases)
         if not any(i in live for i in ids):
             return tokens, reports
         for request_id, result in loop.step(live).items():

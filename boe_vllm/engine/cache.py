@@ -139,7 +139,10 @@ class CachedRows(KeyValueContext):
     ) -> None:
         self.pool = pool
         total = sum(layout.live_lens)
-        source, store, slots, read = [], [], [], []
+        source: list[IntArray] = []
+        store: list[IntArray] = []
+        slots: list[IntArray] = []
+        read: list[IntArray] = []
         for n, plan in enumerate(plans):
             start, live = layout.live_starts[n], layout.live_lens[n]
             source.append(np.arange(start, start + live))

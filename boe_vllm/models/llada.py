@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class FrozenLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T`, row by row independent of the batch."""
-        return matmul_rows(x, layer.weight.t())
+        return matmul_rows(x, layer.get_parameter("weight").t())
 
 
 class FrozenEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -195,6 +196,11 @@ class LLaDAForDiffusion(nn.Module):
         for layer in (self.wte, self.head):
             layer.quant_method = FrozenEmbeddingMethod()
 
+    @property
+    def layers(self) -> list[LLaDABlock]:
+        """The blocks, first to last."""
+        return cast(list[LLaDABlock], list(self.blocks))
+
     # ---- the pass ------------------------------------------------------------------------------
 
     def embed(self, tokens_N: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ class LLaDAForDiffusion(nn.Module):
     def run(
         self, x_TD: Tensor, layout: RowLayout, context: KeyValueContext | None = None
     ) -> tuple[Tensor, Tape | None]:
-        """Final hidden states of the logit rows (normalised), [R, D], and the tape if rows are kept.
+        """Final normalised hidden states of the logit rows, [R, D], and the tape if rows are kept.
 
         Args:
             x_TD: embeddings of the live rows.
@@ -212,14 +218,14 @@ class LLaDAForDiffusion(nn.Module):
             context: where frozen keys and values come from, if the layout has any.
         """
         context = context or KeyValueContext()
-        block = self.blocks[0]
+        block = self.layers[0]
         rotary = rotary_tables(
             layout.positions, block.head_size, self.config.rope_theta, x_TD.dtype
         )
         keep = any(layout.kept_lens)
         kept = layout.kept_index
         tape = Tape(layout, rotary[:, kept], []) if keep else None
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.layers):
             q, k, v = block.project(x_TD, rotary)
             if tape is not None:
                 v = v.contiguous()  # a view would keep every row's queries alive
@@ -253,7 +259,7 @@ class LLaDAForDiffusion(nn.Module):
         assert tape.final_KD is not None
         dx = rms_norm_backward(dhidden_KD, tape.final_KD, self.ln_f, self.config.rms_norm_eps)
         for index in reversed(range(len(self.blocks))):
-            dx, dk, dv = self.blocks[index].backward(
+            dx, dk, dv = self.layers[index].backward(
                 dx, tape.layers[index], tape.layout, tape.rotary_2K1p, open_K11
             )
             if observe is not None:
@@ -262,7 +268,7 @@ class LLaDAForDiffusion(nn.Module):
 
     def cache_shape(self) -> dict[str, int]:
         """Layers, key heads on this rank and head size, for a pool of keys and values."""
-        block = self.blocks[0]
+        block = self.layers[0]
         return dict(layers=len(self.blocks), heads=block.kv_heads, head_size=block.head_size)
 
     # ---- vocabulary ----------------------------------------------------------------------------

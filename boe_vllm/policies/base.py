@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class Commit:
 class Needs:
     """What the step's own forward must keep for a policy's asks."""
 
-    rows: str = "none"
+    rows: Literal["none", "masked", "all"] = "none"
     """Rows whose activations are kept for a backward: "none", "masked" or "all"."""
     distributions: bool = False
     """Whether asks read the step's log-probabilities again, so that they are worth keeping."""

@@ -59,8 +59,8 @@ def run_partial(
         )
         for s in states
     ]
-    x, last = x_QD, len(model.blocks) - 1
-    for index, (block, tape) in enumerate(zip(model.blocks, current.tape.layers, strict=True)):
+    x, last = x_QD, len(model.layers) - 1
+    for index, (block, tape) in enumerate(zip(model.layers, current.tape.layers, strict=True)):
         q, k, v = block.project(x, rotary)
         if observe is not None:
             observe(index, k, v)
