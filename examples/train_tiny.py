@@ -52,11 +52,22 @@ def batches(task: Task, size: int, *, seed: int) -> Iterator[Tensor]:
             rows.clear()
 
 
-def micro_batches(seed: int) -> Iterator[list[tuple[Tensor, int]]]:
+def mixture(text: str) -> dict[tuple[str, ...], int]:
+    """`MIXTURE` with other sizes: `countdown=96,addition=64` names each group by its first task."""
+    sizes = {group[0]: size for group, size in MIXTURE.items()}
+    for entry in text.split(","):
+        name, _, size = entry.partition("=")
+        if name not in sizes or not size.isdigit():
+            raise argparse.ArgumentTypeError(f"expected TASK=SIZE of {list(sizes)}, got {entry!r}")
+        sizes[name] = int(size)
+    return {group: sizes[group[0]] for group in MIXTURE}
+
+
+def micro_batches(seed: int, groups: dict[tuple[str, ...], int]) -> Iterator[list[tuple[Tensor, int]]]:
     """For each optimiser step, its micro-batches `[B, L]` with their canvas lengths."""
     streams = [
         ([batches(TASKS[name], size, seed=seed) for name in names], TASKS[names[0]].gen_length)
-        for names, size in MIXTURE.items()
+        for names, size in groups.items()
     ]
     while True:
         yield [(torch.cat([next(s) for s in group]), length) for group, length in streams]
@@ -146,7 +157,6 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
     """Train `model` in place, leave it with the averaged weights; steps taken and minutes."""
     averaged = {k: v.clone() for k, v in model.state_dict().items()}
     opts = optimisers(model, args.lr)
-    data = micro_batches(args.seed)
     step, spent = 0, 0.0
     if args.resume:
         saved = torch.load(args.checkpoint, weights_only=True)
@@ -154,7 +164,7 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
         averaged, step, spent = saved["averaged"], saved["step"], saved["seconds"]
         for opt, state in zip(opts, saved["opts"], strict=True):
             opt.load_state_dict(state)
-    data = micro_batches(args.seed)
+    data = micro_batches(args.seed, args.mixture)
     finished = args.steps is not None and step >= args.steps
     for _ in tqdm(range(0 if finished else step), desc="data already seen", disable=not step):
         next(data)
@@ -229,6 +239,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--mlp", type=int, default=384)
+    parser.add_argument(
+        "--mixture", type=mixture, default=MIXTURE, metavar="TASK=SIZE,...", help="batch sizes"
+    )
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/tiny-llada"))

@@ -307,7 +307,8 @@ def test_interleaved_runs_every_case_once_a_round_and_times_only_the_work():
         return prepare
 
     times = common.interleaved(
-        {"a": case("a"), "b": case("b")}, repeats=3, device=torch.device("cpu")
+        {"a": case("a"), "b": case("b")},
+        argparse.Namespace(repeats=3, device="cpu", clock="wall"),
     )
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     rounds = [set(ran[n : n + 4]) for n in range(0, len(ran), 4)]

@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table and the JSON line."""
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     details = []
     for length in common.step_lengths(args, [256, 1024, 4096], args.block_length or 32):
         common.progress(f"{length} positions")
         cases = _cases(args, config, length)
-        times = common.interleaved(cases, repeats=args.repeats, device=torch.device(args.device))
+        times = common.interleaved(cases, args)
         details += _summary(times, config, args, length)
     facts = environment.facts()
     common.add_share(details, facts)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class UsageError(ValueError):
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=sorted(DTYPES), help="default: bfloat16 on cuda, else float32"
     )
     machine.add_argument("--threads", type=int, help="default: torch's own number")
+    machine.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu: this process's processor time, for a machine that is not quiet; one thread only",
+    )
     work = parser.add_argument_group("work")
     work.add_argument("--requests", type=int, default=8)
     work.add_argument("--prompt-len", type=span, metavar="N or LOW,HIGH")
@@ -70,6 +77,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
+    if args.clock == "cpu" and (args.threads > 1 or device.type != "cpu"):
+        raise UsageError("--clock cpu: expected --device cpu and --threads 1")
     return args
 
 
@@ -117,15 +126,16 @@ def step_lengths(args: argparse.Namespace, default: Sequence[int], block: int) -
 # ---- timing ------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, up to the end of what it put on the device."""
+def seconds(work: Callable[[], Any], device: torch.device, clock: str = "wall") -> float:
+    """Time of one call, up to the end of what it put on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    now = CLOCKS[clock]
+    start = now()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def ready(work: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
@@ -135,9 +145,8 @@ def ready(work: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
 
 def interleaved(
     cases: Mapping[str, Callable[[], Callable[[], Any]]],
+    args: argparse.Namespace,
     *,
-    repeats: int,
-    device: torch.device,
     seed: int = 0,
     warm_up: bool = True,
     tell: bool = False,
@@ -149,21 +158,21 @@ def interleaved(
 
     Args:
         cases: name -> a function that prepares a run (not timed) and returns the work (timed).
-        repeats: rounds.
-        device: where the work runs.
+        args: the common options: rounds (`repeats`), device and clock.
         seed: of the order.
         warm_up: run a first round that is not counted.
         tell: report every run, where they are long.
     """
+    device = torch.device(args.device)
     rng = np.random.default_rng(seed)
     keys = list(cases)
     times: dict[str, list[float]] = {name: [] for name in keys}
-    for round_number in range(-int(warm_up), repeats):
+    for round_number in range(-int(warm_up), args.repeats):
         for place in rng.permutation(len(keys)):
             name = keys[place]
-            elapsed = seconds(cases[name](), device)
+            elapsed = seconds(cases[name](), device, args.clock)
             if tell:
-                progress(f"round {round_number + 1} of {repeats}: {name}, {elapsed:.1f} s")
+                progress(f"round {round_number + 1} of {args.repeats}: {name}, {elapsed:.1f} s")
             if round_number >= 0:
                 times[name].append(elapsed)
     return times

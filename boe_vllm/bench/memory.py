@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.measure is not None:
         print(json.dumps(_measure(args, args.measure, lengths[0], block)))
         return
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     details: list[dict[str, Any]] = []
     keys: dict[str, float] = {}
     for length in lengths:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table and the JSON line."""
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     config = read_config(args)
     workload = draw_workload(
         config,
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     )
     length = args.prompt_len[1] + -(-args.gen_len[1] // args.block_length) * args.block_length
     engine = Engine(args.model, args, max_model_len=length, max_running=args.requests)
-    stopwatch = _Stopwatch(torch.device(args.device))
+    stopwatch = _Stopwatch(torch.device(args.device), args.clock)
     stopwatch.attach(engine)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in POLICIES}
     for round_number in range(-1, args.repeats):
@@ -91,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
 class _Stopwatch:
     """Adds up the time inside the engine's steps and inside the network, nested calls once."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: str) -> None:
+        self.device, self.now = device, common.CLOCKS[clock]
         self.reset()
 
     def reset(self) -> None:
@@ -122,11 +121,11 @@ class _Stopwatch:
 
     def _step(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self.now()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.step_time += time.perf_counter() - start
+                self.step_time += self.now() - start
                 self.steps += 1
 
         return timed
@@ -136,14 +135,14 @@ class _Stopwatch:
             if self._inside:
                 return work(*args, **kwargs)
             self._inside = True
-            start = time.perf_counter()
+            start = self.now()
             try:
                 result = work(*args, **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 return result
             finally:
-                self.network_time += time.perf_counter() - start
+                self.network_time += self.now() - start
                 self._inside = False
 
         return timed

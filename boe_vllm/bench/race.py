@@ -66,13 +66,7 @@ class Race:
         for runner in runners:
             work = functools.partial(self._run_engine, runner)
             cases[" ".join(runner)] = common.ready(work)
-        times = common.interleaved(
-            cases,
-            repeats=self.args.repeats,
-            device=torch.device(self.args.device),
-            warm_up=False,
-            tell=True,
-        )
+        times = common.interleaved(cases, self.args, warm_up=False, tell=True)
         rows = [self._baseline_row(times[BASELINE])] if baseline else []
         rows += [self._engine_row(runner, times[" ".join(runner)]) for runner in runners]
         for row in rows:

@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from boe_vllm.bench import checkpoint, common
 from boe_vllm.bench.flops import NetworkFlops
 from boe_vllm.bench.machine import Environment, print_facts
@@ -32,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the tables and the JSON line."""
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     model = checkpoint.load_model(args, config, checkpoint.read_tensors(args, config))
     bench = _Bench(args, open_loop(args, model), NetworkFlops(config))
@@ -90,8 +88,7 @@ class _Bench:
                 cases[f"{name} {requests} {length} {masked}"] = lambda state=state, fields=fields: (
                     one_step(self.loop, state, fields)
                 )
-        device = torch.device(self.args.device)
-        times = common.interleaved(cases, repeats=self.args.repeats, device=device)
+        times = common.interleaved(cases, self.args)
         return [self._row(times, *setting) for setting in settings]
 
     def _row(

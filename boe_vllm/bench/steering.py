@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the tables and the JSON line."""
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     tensors = checkpoint.read_tensors(args, config)
     loop = open_loop(args, checkpoint.load_model(args, config, tensors))
@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
                 )
                 measured = common.interleaved(
                     {name: _case(name, loop, dense, state, args.rho) for name in times},
-                    repeats=args.repeats,
-                    device=torch.device(args.device),
+                    args,
                     seed=masked,
                 )
                 for name, values in measured.items():

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and the JSON line; 1 if tokens differ where they may not."""
     if len(args.equal_len) != 2:
         raise common.UsageError(f"--equal-len: expected PROMPT,GEN, got {args.equal_len}")
-    environment = Environment(args.device, args.dtype)
+    environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     tensors = checkpoint.read_tensors(args, config)
     network = PlainLLaDA(config, tensors, dtype=common.DTYPES[args.dtype], device=args.device)
@@ -124,7 +124,7 @@ def _keys(rows: Rows, cached: Rows) -> dict[str, float | None]:
 def _overhead(args: argparse.Namespace) -> dict[str, Any]:
     """`bench overhead` in a process of its own: its engine serves another model."""
     command = [sys.executable, "-m", "boe_vllm.bench", "overhead"]
-    command += ["--device", args.device, "--threads", str(args.threads)]
+    command += ["--device", args.device, "--threads", str(args.threads), "--clock", args.clock]
     command += ["--repeats", str(max(3, args.repeats))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

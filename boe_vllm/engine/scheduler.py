@@ -76,13 +76,14 @@ class DiffusionScheduler(Scheduler):
         """Rows that one denoising step of the request computes."""
         assert request.sampling_params is not None
         try:
-            _, plan = plan_request(
+            config, plan = plan_request(
                 request.num_prompt_tokens, request.sampling_params, self.vllm_config
             )
         except ValueError:
             # Admission lets no such request through; were one here, the runner would say why.
             return self.max_model_len
-        return request.num_prompt_tokens + plan.gen_length
+        guided = config.frame.cfg_scale > 0  # the unconditional twin has as many rows
+        return (request.num_prompt_tokens + plan.gen_length) * (1 + guided)
 
     def _number_that_fits(self, limit: int) -> int:
         """How many requests may run: those that do, and as many waiting ones, in the queue's

@@ -13,11 +13,11 @@ _STEP = re.compile(r"(\d{1,9})\+(\d{1,9})=(\d{1,9})", re.ASCII)
 
 
 class Addition(Task):
-    """Two to four terms of one or two digits."""
+    """Two or three terms of one or two digits."""
 
     name = "addition"
     gen_length = block_length = 32
-    max_terms = 4
+    max_terms = 3
 
     def generate(self, rng: random.Random) -> Item:
         count = rng.randint(2, self.max_terms)
