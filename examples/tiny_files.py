@@ -70,9 +70,9 @@ token per byte (id = byte value), then LLaDA's six special tokens; `<|endoftext|
 padding, `<|mdm_mask|>` ({mask}) the mask. No token is added to a prompt; the chat template is
 LLaDA's, but the model was never trained on chats.
 
-**Training.** {steps} steps, {minutes} minutes on {threads} CPU threads that other jobs shared:
+**Training.** {steps} steps, {minutes} minutes of wall time on {threads} CPU threads:
 
-    {command}
+{commands}
 
 Losses as in LLaDA's fine-tuning: answers padded with EOS to the canvas, a share t ~ U(0, 1) of
 it masked, cross-entropy at the masked positions. Muon for the blocks' matrices, AdamW for the
@@ -109,6 +109,7 @@ def write_card(
         mlp=config["mlp_hidden_size"],
         theta=config["rope_theta"],
         mask=MASK_ID,
+        commands="\n".join(f"    {line}" for line in facts["history"].splitlines()),
         **facts,
     )
     (out / "README.md").write_text(text)

@@ -63,7 +63,9 @@ def mixture(text: str) -> dict[tuple[str, ...], int]:
     return {group: sizes[group[0]] for group in MIXTURE}
 
 
-def micro_batches(seed: int, groups: dict[tuple[str, ...], int]) -> Iterator[list[tuple[Tensor, int]]]:
+def micro_batches(
+    seed: int, groups: dict[tuple[str, ...], int]
+) -> Iterator[list[tuple[Tensor, int]]]:
     """For each optimiser step, its micro-batches `[B, L]` with their canvas lengths."""
     streams = [
         ([batches(TASKS[name], size, seed=seed) for name in names], TASKS[names[0]].gen_length)
@@ -153,25 +155,29 @@ def save_atomically(value: object, path: Path) -> None:
     os.replace(draft, path)
 
 
-def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
-    """Train `model` in place, leave it with the averaged weights; steps taken and minutes."""
+def train(args: argparse.Namespace, model: TinyLLaDA, command: str) -> dict[str, str]:
+    """Train `model` in place and leave it with the averaged weights; the facts for the card."""
     averaged = {k: v.clone() for k, v in model.state_dict().items()}
     opts = optimisers(model, args.lr)
-    step, spent = 0, 0.0
+    step, spent, history = 0, 0.0, ""
     if args.resume:
         saved = torch.load(args.checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         averaged, step, spent = saved["averaged"], saved["step"], saved["seconds"]
+        history = saved.get("history", "")
         for opt, state in zip(opts, saved["opts"], strict=True):
             opt.load_state_dict(state)
     data = micro_batches(args.seed, args.mixture)
     finished = args.steps is not None and step >= args.steps
+    if not finished:
+        history += f"{command}  # from step {step}\n"
     for _ in tqdm(range(0 if finished else step), desc="data already seen", disable=not step):
         next(data)
 
     def save(seconds: float) -> None:
         state = {"model": model.state_dict(), "averaged": averaged, "step": step}
         state |= {"seconds": seconds, "opts": [opt.state_dict() for opt in opts]}
+        state["history"] = history
         save_atomically(state, args.checkpoint)
 
     saved_at = time.monotonic()
@@ -227,7 +233,12 @@ def train(args: argparse.Namespace, model: TinyLLaDA) -> tuple[int, float]:
     if not finished:
         save(spent)
     model.load_state_dict(averaged)
-    return step, spent / 60
+    return {
+        "steps": str(step),
+        "minutes": f"{spent / 60:.0f}",
+        "threads": str(args.threads),
+        "history": history,
+    }
 
 
 def main() -> None:
@@ -267,17 +278,10 @@ def main() -> None:
             n_heads=args.heads,
             mlp_hidden_size=args.mlp,
         )
-        steps, minutes = train(args, model)
+        facts = train(args, model, command_of(parser, args))
         write_model_files(args.out, model.config)
         weights = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
-        facts = {
-            "format": "pt",
-            "steps": str(steps),
-            "minutes": f"{minutes:.0f}",
-            "threads": str(args.threads),
-            "command": reproduce(parser, args),
-        }
-        save_file(weights, weights_file, metadata=facts)
+        save_file(weights, weights_file, metadata={"format": "pt", **facts})
         weights_file.chmod(0o644)
     valid = evaluate(model, n=args.items, per_step=tuple(args.per_step))
     with safe_open(weights_file, "pt") as file:
@@ -286,15 +290,18 @@ def main() -> None:
     print(json.dumps({"steps": int(facts["steps"]), "minutes": facts["minutes"], "valid": valid}))
 
 
-def reproduce(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The command line that makes these weights, without what belongs to one machine."""
+def command_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command line of this run, without what belongs to one machine."""
     words = ["python examples/train_tiny.py"]
     budget = "steps" if args.steps else "minutes"
     for name in (budget, "seed", "d_model", "layers", "heads", "mlp", "lr", "threads"):
         value = getattr(args, name)
         if name in (budget, "seed") or value != parser.get_default(name):
             words.append(f"--{name.replace('_', '-')} {value:g}")
-    return " ".join(words)
+    if args.mixture != MIXTURE:
+        sizes = (f"{group[0]}={size}" for group, size in args.mixture.items())
+        words.append(f"--mixture {','.join(sizes)}")
+    return " ".join(words + ["--resume"] * args.resume)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_any_text_gets_a_score(name):
 
 
 def test_unknown_names_and_splits_are_errors():
-    with pytest.raises(ValueError, match="unknown task 'x'; expected one of sudoku4, sudoku6"):
+    with pytest.raises(ValueError, match="unknown task 'x'; expected one of sudoku4, sudoku4-few"):
         get_task("x")
     with pytest.raises(ValueError, match="unknown split 'dev'; expected one of train, test"):
         TASKS["addition"].items(1, split="dev")

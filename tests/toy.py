@@ -31,7 +31,9 @@ class Toy:
         self.seed = seed
 
     def logits(self, tokens):
-        digest = hashlib.blake2b(bytes(map(int, tokens)), salt=self.seed.to_bytes(8, "big")).digest()
+        digest = hashlib.blake2b(
+            bytes(map(int, tokens)), salt=self.seed.to_bytes(8, "big")
+        ).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         rows = []
         for _ in tokens:

@@ -3,10 +3,11 @@
 from boe_vllm.tasks.addition import Addition
 from boe_vllm.tasks.base import Item, Score, Task, split_of
 from boe_vllm.tasks.countdown import Countdown
-from boe_vllm.tasks.sudoku import Sudoku4, Sudoku6, Sudoku6Few
+from boe_vllm.tasks.sudoku import Sudoku4, Sudoku4Few, Sudoku6, Sudoku6Few
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Sudoku4(), Sudoku6(), Sudoku6Few(), Countdown(), Addition())
+    task.name: task
+    for task in (Sudoku4(), Sudoku4Few(), Sudoku6(), Sudoku6Few(), Countdown(), Addition())
 }
 
 __all__ = ["TASKS", "Item", "Score", "Task", "get_task", "split_of"]

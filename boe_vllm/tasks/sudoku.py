@@ -6,6 +6,7 @@ the full grid. Boxes are 2x2 in 4x4, and 2 rows by 3 columns in 6x6.
 
 import random
 from collections.abc import Iterator
+from typing import ClassVar
 
 from boe_vllm.tasks.base import Item, Task, split_of
 
@@ -209,16 +210,31 @@ class Sudoku6(UniqueSudoku):
     min_clues, max_clues = 10, 12
 
 
-class Sudoku6Few(SudokuTask):
-    """6x6, 6 clues of 36: many solutions, any of them is right."""
+class FewClues(SudokuTask):
+    """A few clues of a random grid: many solutions, any of them is right."""
 
-    name = "sudoku6-few"
-    gen_length = block_length = 36
-    board = BOARD6
-    clues = 6
+    clues: ClassVar[int]
 
     def generate(self, rng: random.Random) -> Item:
         solution = self.board.random_solution(rng)
         shown = set(rng.sample(range(self.board.cells), self.clues))
         puzzle = "".join(c if i in shown else "0" for i, c in enumerate(solution))
         return self.make_item(puzzle, solution)
+
+
+class Sudoku4Few(FewClues):
+    """4x4, 3 clues of 16: several solutions, any of them is right."""
+
+    name = "sudoku4-few"
+    gen_length = block_length = 16
+    board = BOARD4
+    clues = 3
+
+
+class Sudoku6Few(FewClues):
+    """6x6, 6 clues of 36: many solutions, any of them is right."""
+
+    name = "sudoku6-few"
+    gen_length = block_length = 36
+    board = BOARD6
+    clues = 6
