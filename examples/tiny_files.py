@@ -1,8 +1,10 @@
 """The files of a tiny LLaDA checkpoint: config, byte-level tokenizer, model card."""
 
 import json
+import os
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -48,7 +50,7 @@ tags: [masked-diffusion, llada, sudoku]
 
 A masked-diffusion language model of {millions:.2f} M parameters with LLaDA's architecture,
 config fields, tensor names and special tokens, for tests, the demo and comparisons of decoding
-policies. It solves five small tasks, well but not perfectly, and knows nothing else.
+policies. It solves small puzzles, as far as the table says, and knows nothing else.
 
 | task | prompt | answer | canvas |
 |---|---|---|---|
@@ -190,3 +192,11 @@ def tokenizer() -> Tokenizer:
     made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     assert made.token_to_id("<|mdm_mask|>") == MASK_ID
     return made
+
+
+def save_atomically(value: object, path: Path) -> None:
+    """`torch.save` that leaves the old file whole if interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    torch.save(value, draft)
+    os.replace(draft, path)

@@ -13,7 +13,6 @@ Shapes: B sequences, L positions (prompt + canvas), G canvas positions, D width,
 
 import argparse
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_files import EOS_ID, MASK_ID, encode, write_card, write_model_files
+from tiny_files import EOS_ID, MASK_ID, encode, save_atomically, write_card, write_model_files
 from tiny_model import Muon, TinyLLaDA
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -146,13 +145,6 @@ def optimisers(model: TinyLLaDA, lr: float) -> list[torch.optim.Optimizer]:
         Muon(matrices, lr=lr, weight_decay=0.05),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def save_atomically(value: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    torch.save(value, draft)
-    os.replace(draft, path)
 
 
 def train(args: argparse.Namespace, model: TinyLLaDA, command: str) -> dict[str, str]:

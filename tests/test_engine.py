@@ -64,7 +64,7 @@ def test_the_servers_sampler_is_the_default(llm):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_policy_gives_the_same_alone_and_among_32(llm, temperature):
     names = sorted(POLICY_NAMES - NEEDS_A_TABLE)
-    tasks = [get_task(name) for name in ("sudoku4", "countdown", "addition", "sudoku6")]
+    tasks = [get_task(name) for name in ("sudoku4", "countdown")]
     prompts, settings = [], []
     for n, policy in zip(range(max(33, len(names))), itertools.cycle(names), strict=False):
         task = tasks[n % len(tasks)]

@@ -88,6 +88,14 @@ def test_products_do_not_depend_on_the_number_of_rows():
                 assert torch.equal(matmul_rows(x[-rows:], matrix), whole[-rows:])
 
 
+def test_bfloat16_products_are_those_of_float64_rounded():
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((3, 700), (700, 50_000)))
+    for matrix in (weight, weight.t().contiguous().t()):
+        got, want = matmul_rows(x, matrix).double(), x.double() @ matrix.double()
+        assert (got - want).abs().max() <= 2**-7 * want.abs().max()
+
+
 def test_a_neighbour_leaks_nothing():
     config = small_config()
     model = load(config, random_weights(config))

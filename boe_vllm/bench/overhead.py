@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     facts = environment.facts()
     print_facts(facts)
     print(
-        "step: wall time of an engine step; network: the part of it in the network's passes and "
+        "step: time of an engine step; network: the part of it in the network's passes and "
         "the statistics of the logits; share: the rest.\n"
         f"{__doc__.strip().partition(chr(10) * 2)[2]}"
     )
