@@ -9,7 +9,7 @@ Legend: `R` logit rows, `r` rows of one tile, `V` vocabulary, `D` width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +17,11 @@ import torch
 
 from boe_vllm.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.models.functional import accurate
+from boe_vllm.rules import NEVER, Rule, rows_by_rule
 
 Tensor = torch.Tensor
 
 DEFAULT_BUDGET_BYTES = 256 * 2**20
-_NEVER = -1e30  # finite, so that 0 * log 0 stays 0
 
 
 class VocabularyModel(Protocol):
@@ -84,14 +84,28 @@ class LogProbabilities:
         *,
         mask_token_id: int,
         eos_token_id: int,
-        forbidden: BoolArray,
+        forbidden: BoolArray | IntArray,
+        book: Sequence[Rule] = (),
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
     ) -> None:
+        """Read a pass's logit rows.
+
+        Args:
+            model: knows the vocabulary.
+            hidden_RD: [R, D] final normalised hidden states.
+            mask_token_id: never proposed.
+            eos_token_id: of EOS.
+            forbidden: [R] each row's rule: 0 for none, 1 for "no EOS", `n + 2` for `book[n]`.
+            book: the pass's rules.
+            budget_bytes: largest temporary.
+        """
         self.model = model
         self.hidden_RD = hidden_RD
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
-        self.forbidden = forbidden
+        self.forbidden = forbidden.astype(np.int64)
+        self.book = book
+        self._rules = (Rule(banned=np.array([eos_token_id])), *book)
         item = 8 if hidden_RD.dtype == torch.float64 else 4
         # A tile and its probabilities exist at the same time, hence a quarter for each tile.
         self.tile_rows = max(1, budget_bytes // (4 * item * model.vocab_size))
@@ -99,7 +113,7 @@ class LogProbabilities:
         self.keeps = len(hidden_RD) * model.vocab_size * item <= budget_bytes // 2
         self._kept: Tensor | None = None
 
-    def of(self, hidden_RD: Tensor, forbidden: BoolArray) -> LogProbabilities:
+    def of(self, hidden_RD: Tensor, forbidden: BoolArray | IntArray) -> LogProbabilities:
         """The same rules for the hidden states of another pass."""
         return LogProbabilities(
             self.model,
@@ -107,6 +121,7 @@ class LogProbabilities:
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
             forbidden=forbidden,
+            book=self.book,
             budget_bytes=self.budget_bytes,
         )
 
@@ -134,12 +149,22 @@ class LogProbabilities:
             else:
                 yield places, self._compute(self.hidden_RD[chosen], self.forbidden[index_N[places]])
 
-    def _compute(self, hidden_rD: Tensor, forbidden_r: BoolArray) -> Tensor:
+    def filter(self, p_rV: Tensor, rows_r: IntArray) -> Tensor:
+        """[r, V] tempered probabilities of some rows, 0 where a row's sample may not be."""
+        rules = self.forbidden[rows_r]
+        if rules.any():
+            for rule, rows in rows_by_rule(rules, self._rules, p_rV.device):
+                if rule.filters:
+                    p_rV[rows] = rule.filter(p_rV[rows])
+        return p_rV
+
+    def _compute(self, hidden_rD: Tensor, forbidden_r: IntArray) -> Tensor:
         logits = accurate(self.model.logits(hidden_rD))
-        logits[:, self.mask_token_id] = _NEVER
+        logits[:, self.mask_token_id] = NEVER
         if forbidden_r.any():
-            banned = torch.from_numpy(np.flatnonzero(forbidden_r)).to(logits.device)
-            logits[banned, self.eos_token_id] = _NEVER
+            for rule, rows in rows_by_rule(forbidden_r, self._rules, logits.device):
+                if rule.edits:
+                    rule.edit(logits, rows)
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
@@ -158,8 +183,8 @@ def read_statistics(
     for rows, logp in log_probs.tiles(keep):
         p = logp.exp()
         best, argmax = logp.max(-1)
-        second = logp.scatter(-1, argmax[:, None], _NEVER).amax(-1)
-        proposal = _propose(logp, argmax, writes.temperature[rows], writes.uniform[rows])
+        second = logp.scatter(-1, argmax[:, None], NEVER).amax(-1)
+        proposal = _propose(logp, argmax, writes, rows, log_probs)
         chosen = logp.gather(-1, proposal[:, None])
         rank = (logp > chosen).sum(-1) + 1 if k else torch.zeros_like(argmax)
         entropy = -(p.mul_(logp)).sum(-1)
@@ -202,13 +227,15 @@ def entropy_gradient(logp_rV: Tensor) -> Tensor:
 def _propose(
     logp_rV: Tensor,
     argmax_r: Tensor,
-    temperature_r: FloatArray,
-    uniform_r: FloatArray,
+    writes: RowWrites,
+    tile: slice,
+    log_probs: LogProbabilities,
 ) -> Tensor:
     """[r] argmax, or a sample by inversion of the tempered distribution where temperature > 0.
 
     One random number per row is enough, and the same number gives the same token in any batch.
     """
+    temperature_r, uniform_r = writes.temperature[tile], writes.uniform[tile]
     sampled = np.flatnonzero(temperature_r > 0)
     if len(sampled) == 0:
         return argmax_r
@@ -216,7 +243,8 @@ def _propose(
     rows = torch.from_numpy(sampled).to(device)
     temperature = torch.from_numpy(temperature_r[sampled]).to(device)
     uniform = torch.from_numpy(uniform_r[sampled]).to(device)
-    weights = torch.softmax(logp_rV[rows].double() / temperature[:, None], -1).cumsum(-1)
+    p = torch.softmax(logp_rV[rows].double() / temperature[:, None], -1)
+    weights = log_probs.filter(p, tile.start + sampled).cumsum(-1)
     tokens = torch.searchsorted(weights, (uniform * weights[:, -1])[:, None], right=True)[:, 0]
     proposal = argmax_r.clone()
     proposal[rows] = tokens.clamp_(max=logp_rV.shape[-1] - 1)

@@ -39,7 +39,7 @@ def with_next_steps(current, *, row_budget=8192, temperature=0.0, forbidden=Fals
             uniforms=lambda positions: randomness.uniforms(
                 3, step=1, positions=positions, stream=0
             ),
-            eos_forbidden=forbidden,
+            rules=lambda positions: np.full_like(positions, forbidden),
         )
     ] * len(current.sequences)
     fields = {name: getattr(current, name) for name in current.__slots__}

@@ -169,7 +169,7 @@ class Canvas:
         return NextStep(
             temperature=self.params.temperature,
             uniforms=functools.partial(self.uniforms, ahead=1),
-            eos_forbidden=self.config.frame.logits_eos_inf,
+            rules=lambda positions: np.full_like(positions, self.config.frame.logits_eos_inf),
             top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
             cache=self.cache_plan(ahead=1),
         )

@@ -145,9 +145,8 @@ def _predict(
     hidden, _ = model.run(x, layout, context)
     hidden = guided(hidden, layout, twins, guides)
     counts = layout.logit_lens[: len(states)]
-    log_probs = current.log_probs.of(
-        hidden, np.repeat([step.eos_forbidden for step in steps], counts)
-    )
+    rules = [step.rules(s.rows.wanted_positions) for step, s in zip(steps, states, strict=True)]
+    log_probs = current.log_probs.of(hidden, np.concatenate(rules))
     statistics = read_statistics(
         log_probs,
         RowWrites(

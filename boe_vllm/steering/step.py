@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
@@ -29,8 +30,8 @@ class NextStep:
     """Of its proposals."""
     uniforms: Callable[[IntArray], FloatArray]
     """The random numbers behind them, for given positions."""
-    eos_forbidden: bool = False
-    """Whether EOS is never proposed."""
+    rules: Callable[[IntArray], IntArray] = np.zeros_like
+    """The rules of its predictions, as numbers for `LogProbabilities`, for given positions."""
     top_logprobs: int = 0
     """Most likely tokens that the request reports per row."""
     cache: CachePlan | None = None
