@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from boe_vllm import frequencies, options
+from boe_vllm.content import Content, split_content
 from boe_vllm.engine.schedule import Schedule
 from boe_vllm.policies import POLICY_NAMES, PolicyConfig, load_policy
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
 DEFAULT_POLICY = "confidence"
+CHOICES = "choices"  # what decodes a request that names its answers
 DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_TOKENS_PER_STEP = 1
 
@@ -117,6 +119,7 @@ class SamplerConfig:
         default_factory=lambda: load_policy(DEFAULT_POLICY).Config()
     )
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    content: Content = dataclasses.field(default_factory=Content)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a flat, JSON-ready mapping; `parse_sampler_config` reads it back."""
@@ -164,6 +167,12 @@ def parse_sampler_config(
     own_word = base is None
     base = base or SamplerConfig()
     fields = {key: _plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
+    content, fields = split_content(fields)
+    if content != Content():
+        if own_word:
+            raise _not_here("in a request", "the server's configuration", content.given())
+        if content.choices is not None:
+            return _for_choices(content, fields, base)
     policy = fields.pop("policy", base.policy)
     if not isinstance(policy, str) or policy not in POLICY_NAMES:
         raise ValueError(
@@ -174,11 +183,7 @@ def parse_sampler_config(
     server_names = options.names(ServerConfig)
     server = {key: fields.pop(key) for key in server_names if key in fields}
     if server and not own_word:
-        name = next(iter(server))
-        raise ValueError(
-            f"{name}: expected in the server's own configuration only, got {server[name]!r} in a "
-            f"request; remove it, and start the server with it in --sampler-config"
-        )
+        raise _not_here("in the server's own configuration", "a request", server)
     server_config = options.build(ServerConfig, dataclasses.asdict(base.server) | server)
     for name in fields:
         if name not in frame_names and name not in own_names:
@@ -200,7 +205,30 @@ def parse_sampler_config(
         frame=options.build(FrameConfig, inherited | frame),
         settings=options.build(settings_class, settings),
         server=server_config,
+        content=content,
     )
+
+
+def _for_choices(content: Content, fields: Mapping[str, Any], base: SamplerConfig) -> SamplerConfig:
+    """The answers decide the canvas and its steps: few fields mean anything beside them."""
+    kept = {"cfg_scale": base.frame.cfg_scale, "trace": base.frame.trace}
+    for name in fields:
+        if name not in kept:
+            raise ValueError(
+                f"choices: expected only {sorted(kept)} beside it, got {name}={fields[name]!r}; "
+                f"remove {name!r}"
+            )
+    return SamplerConfig(
+        policy=CHOICES,
+        frame=options.build(FrameConfig, kept | dict(fields)),
+        server=base.server,
+        content=content,
+    )
+
+
+def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
+    name, value = next(iter(fields.items()))
+    return ValueError(f"{name}: expected {where} only, got {value!r} in {found}; remove it there")
 
 
 def plan_canvas(
@@ -219,18 +247,28 @@ def plan_canvas(
     """
     frame = config.frame
     room = max_model_len - prompt_len
-    wanted = frame.gen_length or max_tokens
+    content = config.content.length
+    wanted = frame.gen_length or content or max_tokens
     source = "gen_length" if frame.gen_length else "max_tokens"
+    if content and not frame.gen_length:
+        source = CHOICES if config.content.choices else "canvas_template"
+    if wanted < (content or 0):
+        raise ValueError(
+            f"gen_length: expected at least the {content} tokens of canvas_template, got {wanted}; "
+            f"raise or remove it"
+        )
     if wanted > room:
         raise ValueError(
             f"{source}: expected a canvas of at most {room} tokens (context of {max_model_len} "
             f"less a prompt of {prompt_len}), got {wanted}; lower {source!r} or shorten the prompt"
         )
     block = frame.block_length or min(DEFAULT_BLOCK_LENGTH, wanted)
+    if config.content.choices or (source != "max_tokens" and wanted % block):
+        block = block if frame.block_length else wanted
     if frame.gen_length:
-        if frame.block_length is None and wanted % block:
-            block = wanted
         _must_divide("gen_length", wanted, "block_length", block)
+    # A template is as long as it is, whatever its blocks.
+    room = wanted if source == "canvas_template" else room
     # Rounding up may not push a canvas that fits out of the context: the last block is cut there.
     gen_length = min(-(-wanted // block) * block, room)
     blocks = -(-gen_length // block)

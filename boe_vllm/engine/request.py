@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from boe_vllm.config import CanvasPlan, SamplerConfig
+from boe_vllm.engine.demands import Demands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,3 +21,5 @@ class RequestParams:
     """Log-probabilities to report per token, beside its own."""
     logprobs: bool = False
     """Whether log-probabilities are reported at all."""
+    demands: Demands = dataclasses.field(default_factory=Demands)
+    """What is demanded of every token."""

@@ -16,6 +16,7 @@ from boe_vllm.steering.asks import (
 from boe_vllm.steering.change import prediction_change
 from boe_vllm.steering.coupling.solve import conditional, coupling
 from boe_vllm.steering.importance import token_importance
+from boe_vllm.steering.likelihood import Likelihood, likelihood
 from boe_vllm.steering.lookahead import lookahead
 from boe_vllm.steering.step import Answer, DenoisingPass
 
@@ -25,6 +26,7 @@ _SOLVERS: dict[type[Ask], Callable[[DenoisingPass, Sequence[tuple[int, Any]]], l
     Conditional: conditional,
     PredictionChange: prediction_change,
     Lookahead: lookahead,
+    Likelihood: likelihood,
 }
 
 

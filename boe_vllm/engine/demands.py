@@ -1,0 +1,124 @@
+"""What a request demands of every token: vLLM's fields on a canvas that is written in any order.
+
+`logit_bias`, `allowed_token_ids` and `bad_words` of one token hold at every masked position,
+`min_tokens` forbids the tokens that end a request at the canvas positions below it, and a bad word
+of several tokens forbids, at each position, the token that would complete it there.
+
+Legend: `L` positions of prompt and canvas, `M` masked positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from boe_vllm.arrays import BoolArray, IntArray
+from boe_vllm.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Demands:
+    """The demands of one request, in tokens."""
+
+    rule: Rule = dataclasses.field(default_factory=Rule)
+    """What holds at every position."""
+    min_tokens: int = 0
+    """Canvas positions at which no stop token may be written."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end the request."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of two or more tokens that may not come about."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is demanded."""
+        return self.rule.edits or self.rule.filters or self.min_tokens > 0 or bool(self.bad_words)
+
+    def candidates(self, vocab_size: int, mask_token_id: int) -> int:
+        """Tokens left at the position with the fewest, before any bad word of several tokens."""
+        left = np.ones(vocab_size, bool)
+        if self.rule.allowed is not None:
+            left[:] = False
+            left[self.rule.allowed] = True
+        left[self.rule.banned] = False
+        left[mask_token_id] = False
+        if self.min_tokens:
+            left[list(self.stop_tokens)] = False
+        return int(left.sum())
+
+
+class Rulebook:
+    """The demands of one request at the positions of its canvas."""
+
+    def __init__(self, demands: Demands, prompt_len: int) -> None:
+        """Of a request whose canvas begins at `prompt_len`."""
+        self.bad_words = tuple(np.array(word) for word in demands.bad_words)
+        self.any = demands.any
+        self.always = demands.rule
+        self.early = _banning(demands.rule, demands.stop_tokens)
+        self.early_positions = range(prompt_len, prompt_len + demands.min_tokens)
+
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether a write changes the rules of other positions."""
+        return bool(self.bad_words)
+
+    def rules(self, tokens: IntArray, masked: BoolArray, positions: IntArray) -> list[Rule]:
+        """[M] the rule of each of some masked positions."""
+        completing = self._completing(tokens, masked)
+        rules = []
+        for position in positions.tolist():
+            rule = self.early if position in self.early_positions else self.always
+            if position in completing:
+                rule = _banning(rule, completing[position])
+            rules.append(rule)
+        return rules
+
+    def consistent(
+        self, tokens: IntArray, masked: BoolArray, positions: IntArray, writes: IntArray
+    ) -> BoolArray:
+        """[b] which writes of one step stand, in their order, so that none completes a bad word
+        together with those before it. The rules see to it that the first one stands."""
+        keep = np.ones(len(positions), bool)
+        if not self.bad_words:
+            return keep
+        tokens, masked = tokens.copy(), masked.copy()
+        for n, (position, token) in enumerate(zip(positions, writes, strict=True)):
+            if int(token) in self._completing(tokens, masked).get(int(position), ()):
+                keep[n] = False
+                continue
+            tokens[position], masked[position] = token, False
+        return keep
+
+    def check(self, position: int, token: int, rule: Rule) -> None:
+        """Raise ValueError if the token may not be written: then no token could be."""
+        if not rule.permits(token):
+            raise ValueError(
+                f"position {position}: expected at least one token that may be written, got none; "
+                f"loosen allowed_token_ids, bad_words or min_tokens"
+            )
+
+    def _completing(self, tokens: IntArray, masked: BoolArray) -> dict[int, set[int]]:
+        """Tokens that would complete a bad word, by masked position."""
+        found: dict[int, set[int]] = {}
+        for word in self.bad_words:
+            windows = len(tokens) - len(word) + 1
+            if windows < 1:
+                continue
+            places = np.arange(windows)[:, None] + np.arange(len(word))
+            differs = masked[places] | (tokens[places] != word)
+            for start in np.flatnonzero(differs.sum(-1) == 1).tolist():
+                offset = int(differs[start].argmax())
+                if masked[start + offset]:
+                    found.setdefault(start + offset, set()).add(int(word[offset]))
+        return found
+
+
+def _banning(rule: Rule, tokens: Iterable[int]) -> Rule:
+    """The rule with some more tokens banned."""
+    more = np.array(sorted(tokens), np.int64)
+    if not len(more):
+        return rule
+    return dataclasses.replace(rule, banned=np.union1d(rule.banned, more))
