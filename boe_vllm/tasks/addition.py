@@ -7,12 +7,12 @@ them is EOS: an EOS written too early cuts the chain.
 import random
 import re
 
-from boe_vllm.tasks.base import Item, Task
+from boe_vllm.tasks.base import GeneratedTask, Item
 
 _STEP = re.compile(r"(\d{1,9})\+(\d{1,9})=(\d{1,9})", re.ASCII)
 
 
-class Addition(Task):
+class Addition(GeneratedTask):
     """Two or three terms of one or two digits."""
 
     name = "addition"

@@ -1,7 +1,8 @@
-"""What every bundled task is: items with a prompt, a rule that scores an answer, a split.
+"""What every task is: items with a prompt, a rule that scores an answer, a stop rule.
 
-Texts are plain characters; the tiny checkpoint's tokenizer makes one token of each byte, so
-lengths in characters are lengths in tokens.
+Tasks are generated (`GeneratedTask`) or read from files (`boe_vllm.tasks.files`). The generated
+ones are plain characters; the tiny checkpoint's tokenizer makes one token of each byte, so lengths
+in characters are lengths in tokens.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ class Item:
     task: str
     """Name of the task the item belongs to."""
     prompt: str
-    """Text given to the model, up to and including the `=` that the answer follows."""
+    """Text given to the model, up to where the answer follows (`=` in generated tasks)."""
     answer: str
     """One right answer, without EOS; other right answers may exist."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -50,27 +51,33 @@ def split_of(prompt: str) -> str:
 
 
 class Task(ABC):
-    """A generator of problems together with the rule that scores answers to them."""
+    """Problems together with the rule that scores answers to them."""
 
     name: ClassVar[str]
     gen_length: ClassVar[int]
     """Canvas length in tokens; shorter answers are padded with EOS."""
     block_length: ClassVar[int]
     """Suggested semi-autoregressive block in tokens; divides `gen_length`."""
-
-    @abstractmethod
-    def generate(self, rng: random.Random) -> Item:
-        """One problem of either split."""
+    stop: ClassVar[tuple[str, ...]] = ()
+    """Strings that end an answer; they are not part of it."""
+    source: ClassVar[str] = "boe_vllm"
+    """Where the prompt comes from."""
+    judged: ClassVar[bool] = True
+    """Whether an answer can be right or wrong; False for free text."""
+    slow_score: ClassVar[bool] = False
+    """Whether scoring may take long (it runs programs): score away from the decoding loop."""
 
     @abstractmethod
     def is_valid(self, item: Item, answer: str) -> bool:
         """Whether `answer` (already parsed) obeys the rules of `item`."""
 
-    def generate_for(self, rng: random.Random, split: str) -> Item:
-        """One problem of `split`."""
-        while split_of((item := self.generate(rng)).prompt) != split:
-            pass
-        return item
+    @abstractmethod
+    def items(self, n: int | None = None, *, seed: int = 0, split: str = "test") -> list[Item]:
+        """`n` different problems; the same for the same arguments. None for all, in a file."""
+
+    def messages(self, item: Item) -> list[dict[str, str]]:
+        """The item as a conversation, for models with a chat template."""
+        return [{"role": "user", "content": item.prompt}]
 
     def parse(self, text: str) -> str:
         """The answer within generated text: everything before EOS or white space."""
@@ -89,10 +96,26 @@ class Task(ABC):
         """See `Score.cell_accuracy`; None unless a task overrides this."""
         return None
 
-    def items(self, n: int, *, seed: int = 0, split: str = "test") -> list[Item]:
+
+class GeneratedTask(Task):
+    """A generator of problems, with a train and a test split."""
+
+    @abstractmethod
+    def generate(self, rng: random.Random) -> Item:
+        """One problem of either split."""
+
+    def generate_for(self, rng: random.Random, split: str) -> Item:
+        """One problem of `split`."""
+        while split_of((item := self.generate(rng)).prompt) != split:
+            pass
+        return item
+
+    def items(self, n: int | None = None, *, seed: int = 0, split: str = "test") -> list[Item]:
         """`n` different problems of a split; the same for the same arguments."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        if n is None:
+            raise ValueError(f"n: {self.name} is generated without end; say how many items")
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         rng = random.Random(f"{self.name}/{split}/{seed}")

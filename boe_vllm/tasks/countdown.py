@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import permutations, product
 
-from boe_vllm.tasks.base import Item, Task
+from boe_vllm.tasks.base import GeneratedTask, Item
 
 _ALLOWED = re.compile(r"[0-9+\-*/()]{1,64}")
 _OPERATIONS = {
@@ -66,7 +66,7 @@ def _expressions(numbers: tuple[int, ...], top: int) -> dict[int, tuple[str, ...
     return {target: tuple(sorted(texts)) for target, texts in sorted(found.items())}
 
 
-class Countdown(Task):
+class Countdown(GeneratedTask):
     """Three numbers of 1 to 20, in rising order, and a target of 1 to 99."""
 
     name = "countdown"

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import ClassVar
 
-from boe_vllm.tasks.base import Item, Task, split_of
+from boe_vllm.tasks.base import GeneratedTask, Item, split_of
 
 
 class Board:
@@ -119,7 +119,7 @@ BOARD4 = Board(size=4, box_rows=2, box_cols=2)
 BOARD6 = Board(size=6, box_rows=2, box_cols=3)
 
 
-class SudokuTask(Task):
+class SudokuTask(GeneratedTask):
     """Fill a grid. Subclasses choose the board and how clues are picked."""
 
     board: Board

@@ -1,0 +1,65 @@
+"""Run a program that a model has written: bounded time and memory, no network, no writing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from boe_vllm.tasks import seccomp
+
+SECONDS = 10.0
+MEMORY_MB = 1024
+
+
+def runs_to_its_end(source: str, *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> bool:
+    """Whether a Python program reaches its end without an exception or an early exit.
+
+    It runs in a process of its own, with the standard library only (`python -I -S`), an empty
+    environment and folder, and the system calls that `boe_vllm.tasks.seccomp` leaves it.
+
+    Args:
+        source: the program, with its tests.
+        seconds: wall time, after which it is killed and has failed.
+        memory_mb: address space, MiB.
+
+    Raises:
+        RuntimeError: where this machine has no sandbox; nothing is run then.
+    """
+    if not seccomp.supported():
+        raise RuntimeError(
+            "programs of models are run on Linux (x86_64 or aarch64) only, where system calls can "
+            f"be filtered; got {sys.platform}; score them there"
+        )
+    # The program cannot claim success by an early exit: it does not know the word.
+    word = secrets.token_hex(16)
+    limits = f"{memory_mb << 20} {int(seconds) + 1} {word}\n"
+    command = [sys.executable, "-I", "-S", str(Path(seccomp.__file__))]
+    with tempfile.TemporaryDirectory(prefix="boe-vllm-") as folder:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            program = source.encode("utf-8", "replace")
+            out, err = process.communicate(limits.encode() + program, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    # Before the program starts, errors go to the real stderr; afterwards to nowhere.
+    if err:
+        raise RuntimeError(f"the sandbox did not start: {err.decode(errors='replace')[-500:]}")
+    return process.returncode == 0 and out.decode(errors="replace") == word
