@@ -85,7 +85,7 @@ class LogProbabilities:
         mask_token_id: int,
         eos_token_id: int,
         forbidden: BoolArray | IntArray,
-        book: Sequence[Rule] = (),
+        book: Sequence[Rule] | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
     ) -> None:
         """Read a pass's logit rows.
@@ -95,8 +95,8 @@ class LogProbabilities:
             hidden_RD: [R, D] final normalised hidden states.
             mask_token_id: never proposed.
             eos_token_id: of EOS.
-            forbidden: [R] each row's rule: 0 for none, 1 for "no EOS", `n + 2` for `book[n]`.
-            book: the pass's rules.
+            forbidden: [R] each row's rule: 0 for none, n for the n-th of the book.
+            book: the pass's rules, which may still grow; None for one, "no EOS".
             budget_bytes: largest temporary.
         """
         self.model = model
@@ -104,8 +104,7 @@ class LogProbabilities:
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.forbidden = forbidden.astype(np.int64)
-        self.book = book
-        self._rules = (Rule(banned=np.array([eos_token_id])), *book)
+        self.book = (Rule(banned=np.array([eos_token_id])),) if book is None else book
         item = 8 if hidden_RD.dtype == torch.float64 else 4
         # A tile and its probabilities exist at the same time, hence a quarter for each tile.
         self.tile_rows = max(1, budget_bytes // (4 * item * model.vocab_size))
@@ -153,7 +152,7 @@ class LogProbabilities:
         """[r, V] tempered probabilities of some rows, 0 where a row's sample may not be."""
         rules = self.forbidden[rows_r]
         if rules.any():
-            for rule, rows in rows_by_rule(rules, self._rules, p_rV.device):
+            for rule, rows in rows_by_rule(rules, self.book, p_rV.device):
                 if rule.filters:
                     p_rV[rows] = rule.filter(p_rV[rows])
         return p_rV
@@ -162,7 +161,7 @@ class LogProbabilities:
         logits = accurate(self.model.logits(hidden_rD))
         logits[:, self.mask_token_id] = NEVER
         if forbidden_r.any():
-            for rule, rows in rows_by_rule(forbidden_r, self._rules, logits.device):
+            for rule, rows in rows_by_rule(forbidden_r, self.book, logits.device):
                 if rule.edits:
                     rule.edit(logits, rows)
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
