@@ -166,7 +166,7 @@ def parse_sampler_config(
     """
     own_word = base is None
     base = base or SamplerConfig()
-    fields = {key: _plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
+    fields = {key: plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
     content, fields = split_content(fields)
     if content != Content():
         if own_word:
@@ -196,6 +196,8 @@ def parse_sampler_config(
     for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
         if frame.get(name) is not None and other not in frame:
             inherited[other] = None
+    if content.canvas_template is not None:
+        inherited["gen_length"] = None  # a request's own template goes before a server's length
     settings = {key: value for key, value in fields.items() if key in own_names}
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
@@ -292,7 +294,7 @@ def _must_divide(name: str, value: int, by_name: str, by: int) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Read JSON text where a field cannot be nested (HTTP); leave every other value alone."""
     if isinstance(value, str) and value[:1] in "[{":
         try:

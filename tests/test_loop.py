@@ -154,6 +154,7 @@ def test_the_longest_committed_prefix_is_emitted_as_it_grows(model):
         [1, 2],
         params_of({"block_length": 8}, prompt_len=2, max_tokens=8),
         mask_token_id=MASK,
+        eos_token_id=EOS,
         vocab_size=29,
         late_tokens=frozenset(),
     )

@@ -98,6 +98,7 @@ class Driven:
             prompt,
             RequestParams(config=config, plan=plan, temperature=0.0, seed=seed),
             mask_token_id=MASK,
+            eos_token_id=VOCAB - 2,
             vocab_size=VOCAB,
             late_tokens=frozenset(late),
         )

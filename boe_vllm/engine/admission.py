@@ -6,10 +6,10 @@ support is refused rather than ignored.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +17,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from boe_vllm.config import CanvasPlan, SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.engine.token_fields import NEUTRAL, check_neutral, check_tokens, resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
 _seeds = random.Random()
-
-# Fields of SamplingParams that have no meaning here -> the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_tokens": (0,),
-    "prompt_logprobs": (None,),
-    "prompt_logprob_token_ids": (None,),
-    "logprob_token_ids": (None,),
-    "structured_outputs": (None,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
-    "trace_decode_token_ids": (None,),
-}
-# The same for filters of the proposal, which may come to be supported.
-NEUTRAL_FILTERS: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-}
 
 
 def parse_server_config(additional_config: Mapping[str, Any]) -> SamplerConfig:
@@ -110,15 +89,7 @@ def check(
     Raises:
         VLLMValidationError: naming the field, what was expected and what came.
     """
-    for name, neutral in (NEUTRAL | NEUTRAL_FILTERS).items():
-        value = getattr(sampling_params, name)
-        # Arrays have no truth value, and none of these is neutral as an array.
-        if hasattr(value, "shape") or value not in neutral:
-            raise VLLMValidationError(
-                f"{name} is not supported by masked diffusion decoding: expected "
-                f"{neutral[0]!r}, got {' '.join(reprlib.repr(value).split())}; remove it",
-                parameter=name,
-            )
+    check_neutral(sampling_params, NEUTRAL, "masked diffusion decoding")
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token in prompt_token_ids:
         if not 0 <= token < vocab_size:
@@ -128,9 +99,13 @@ def check(
                 parameter="prompt",
             )
     try:
-        return plan_request(len(prompt_token_ids), sampling_params, vllm_config)[1]
+        config, plan = plan_request(len(prompt_token_ids), sampling_params, vllm_config)
+        check_tokens(config, prompt_token_ids, sampling_params, vllm_config)
+    except VLLMValidationError:
+        raise
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
+    return plan
 
 
 def admit(
@@ -150,8 +125,10 @@ def admit(
     Raises:
         VLLMValidationError: as `check`.
     """
+    resolve(sampling_params, vllm_config)
     plan = check(prompt_token_ids, sampling_params, vllm_config)
-    if (sampling_params.extra_args or {}).get("gen_length") is not None:
+    own = sampling_params.extra_args or {}
+    if any(own.get(name) is not None for name in ("gen_length", "canvas_template", "choices")):
         sampling_params.max_tokens = plan.gen_length
     elif server_config(vllm_config).frame.gen_length is not None:
         sampling_params.max_tokens = min(sampling_params.max_tokens, plan.gen_length)
@@ -194,4 +171,7 @@ def check_early(prompt: Any, sampling_params: Any, vllm_config: VllmConfig) -> N
     if sampling_params.max_tokens is None:
         sampling_params = sampling_params.clone()
         sampling_params.max_tokens = vllm_config.model_config.max_model_len - len(token_ids)
+    else:
+        sampling_params = copy.copy(sampling_params)
+    resolve(sampling_params, vllm_config)
     check(token_ids, sampling_params, vllm_config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,22 @@ from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
 from boe_vllm.engine import schedule
 from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
-from boe_vllm.engine.record import Account, TokenLogprobs, Trace, token_logprobs
+from boe_vllm.engine.demands import Rulebook
+from boe_vllm.engine.record import (
+    Account,
+    TokenLikelihood,
+    TokenLogprobs,
+    Trace,
+    given_logprobs,
+    token_logprobs,
+)
 from boe_vllm.engine.request import RequestParams
+from boe_vllm.engine.views import view_of
 from boe_vllm.policies import Policy, load_policy
-from boe_vllm.policies.base import Commit, Revision, View, finishing
+from boe_vllm.policies.base import Commit, View, finishing
+from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.prediction import RowStatistics
+from boe_vllm.rules import Rule
 from boe_vllm.steering.guidance import Guide
 from boe_vllm.steering.step import NextStep
 
@@ -38,6 +50,7 @@ class Canvas:
         params: RequestParams,
         *,
         mask_token_id: int,
+        eos_token_id: int,
         vocab_size: int,
         late_tokens: frozenset[int],
         pool: KeyValuePool | None = None,
@@ -48,6 +61,7 @@ class Canvas:
             prompt: token ids.
             params: the request's settings.
             mask_token_id: id of the mask.
+            eos_token_id: id of EOS.
             vocab_size: number of tokens.
             late_tokens: EOS and EoT, for `confidence_eos_eot_inf`.
             pool: room for frozen keys and values, if the request asks for a cache.
@@ -57,7 +71,13 @@ class Canvas:
         """
         self.params = params
         self.config, self.plan = params.config, params.plan
-        self.policy: Policy = load_policy(self.config.policy)(self.config.settings)
+        content = self.config.content
+        answers = content.answers()
+        self.policy: Policy
+        if answers is None:
+            self.policy = load_policy(self.config.policy)(self.config.settings)
+        else:
+            self.policy = ChoicesPolicy(answers, eos_token_id)
         self.vocab_size = vocab_size
         self.late_tokens = np.array(sorted(late_tokens))
         self.prompt_len = len(prompt)
@@ -65,13 +85,18 @@ class Canvas:
             self.prompt_len + self.plan.gen_length, mask_token_id, np.int64
         )
         self.tokens[: self.prompt_len] = prompt
+        template = content.template(mask_token_id) or []
+        self.tokens[self.prompt_len : self.prompt_len + len(template)] = template
         self.masked = self.tokens == mask_token_id
+        self.given = ~self.masked
+        never = eos_token_id if self.config.frame.logits_eos_inf else None
+        self.rulebook = Rulebook(params.demands, self.prompt_len, never=never)
         self.mask_token_id = mask_token_id
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
         scale = self.config.frame.cfg_scale
-        self.guide = Guide(scale=scale, given=~self.masked) if scale > 0 else None
+        self.guide = Guide(scale=scale, given=self.given) if scale > 0 else None
         self.account = Account()
         self.emitted = 0
         length = len(self.tokens)
@@ -131,7 +156,7 @@ class Canvas:
             self.block_end = min(start + self.plan.block_length, len(self.tokens))
             self.block_masks = int(self.masked[self.block_start : self.block_end].sum())
             own = np.arange(self.block_start, self.block_end)
-            self.block_positions = own[self.masked[own] | (own >= self.prompt_len)]
+            self.block_positions = own[~self.given[own]]
             self.block_step = 0
             if self.block_masks:
                 self.block_steps = self.plan.steps_for(self.block_masks)
@@ -164,62 +189,46 @@ class Canvas:
             stream=randomness.WRITE,
         )
 
-    def next_step(self) -> NextStep:
-        """How the step after the coming one would be computed, if it stays in this block."""
+    def rules(self, positions: IntArray) -> list[Rule] | None:
+        """[M] what may be written at some masked positions now; None if all may be everywhere."""
+        if not self.rulebook.any:
+            return None
+        return self.rulebook.rules(self.tokens, self.masked, positions)
+
+    def next_step(self, rules: Callable[[IntArray], IntArray]) -> NextStep:
+        """How the step after the coming one would be computed, if it stays in this block.
+
+        Args:
+            rules: numbers of the rules at given positions.
+        """
         return NextStep(
             temperature=self.params.temperature,
             uniforms=functools.partial(self.uniforms, ahead=1),
-            rules=lambda positions: np.full_like(positions, self.config.frame.logits_eos_inf),
+            rules=rules,
             top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
             cache=self.cache_plan(ahead=1),
         )
 
     def view(self, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:
-        """What the policy sees.
+        """What the policy sees; see `views.view_of`."""
+        return view_of(self, positions, rows, statistics)
+
+    def apply(
+        self,
+        commit: Commit,
+        view: View,
+        rows: slice,
+        statistics: RowStatistics,
+        likelihood: Callable[[int, int], TokenLikelihood] | None = None,
+    ) -> None:
+        """Write and remask what the policy decided, and note it.
 
         Args:
-            positions: [M] the masked ones.
-            rows: of the statistics that are this request's: those of `positions`, then, if the
-                policy needs a revision, those of the written positions.
+            commit: the decision.
+            view: what it was made on.
+            rows: of the statistics that are this request's.
             statistics: of the step's forward, or carried over.
-        """
-        written, revision = self.written(), None
-        if self.policy.needs().revision:
-            again = slice(rows.start + len(positions), rows.start + len(positions) + len(written))
-            revision = Revision(
-                proposal=statistics.proposal[again],
-                confidence=statistics.confidence[again],
-                entropy=statistics.entropy[again],
-            )
-        rows = slice(rows.start, rows.start + len(positions))
-        proposal = statistics.proposal[rows]
-        confidence = statistics.confidence[rows]
-        if self.config.frame.confidence_eos_eot_inf:
-            late = np.isin(proposal, self.late_tokens)
-            confidence = np.where(late, -np.inf, confidence)
-        return View(
-            positions=positions,
-            proposal=proposal,
-            confidence=confidence,
-            margin=statistics.margin[rows],
-            entropy=statistics.entropy[rows],
-            quota=self.quota(),
-            masked_at_start=self.masked_at_start,
-            masked_now=int(self.masked.sum()),
-            step=self.account.denoising_steps,
-            block_step=self.block_step,
-            block_steps=self.block_steps,
-            block_start=self.prompt_len + self.block * self.plan.block_length,
-            vocab_size=self.vocab_size,
-            seed=self.params.seed,
-            temperature=self.params.temperature,
-            written=written,
-            revision=revision,
-            memory=self.memory,
-        )
-
-    def apply(self, commit: Commit, view: View, rows: slice, statistics: RowStatistics) -> None:
-        """Write and remask what the policy decided, and note it.
+            likelihood: of (row, token), for a token that is not its row's proposal.
 
         Raises:
             ValueError: for a decision that no rule may make.
@@ -229,6 +238,9 @@ class Canvas:
         chosen = commit.chosen
         positions = view.positions[chosen]
         tokens = view.proposal[chosen] if commit.tokens is None else commit.tokens
+        if self.rulebook.any:
+            stand = self.rulebook.standing(self.tokens, self.masked, positions, tokens)
+            chosen, positions, tokens = chosen[stand], positions[stand], tokens[stand]
         if len(chosen) == 0 and len(commit.remask) == 0 and not commit.idle:
             raise ValueError(f"policy {self.policy.name!r} decided nothing in step {view.step}")
         self.tokens[positions] = tokens
@@ -241,9 +253,13 @@ class Canvas:
             scores=None if commit.scores is None else commit.scores[chosen],
         )
         if self.params.logprobs:
-            for index, position in zip(chosen, positions, strict=True):
+            for index, position, token in zip(chosen, positions, tokens, strict=True):
+                row, other = rows.start + int(index), None
+                if token != view.proposal[index]:
+                    assert likelihood is not None
+                    other = likelihood(row, int(token))
                 self.logprobs_of[int(position)] = token_logprobs(
-                    statistics, rows.start + int(index), self.params.top_logprobs
+                    statistics, row, self.params.top_logprobs, other
                 )
         self._remask(commit.remask)
         self.account.denoising_steps += 1
@@ -268,7 +284,9 @@ class Canvas:
     def _carry(self, prediction: RowStatistics | None) -> None:
         """Keep the coming step's prediction, unless its forward has to refresh the cache."""
         plan = self.cache_plan()
-        self.carried = None if plan is not None and plan.refresh else prediction
+        refresh = plan is not None and plan.refresh
+        # A write may have changed the rules that the prediction was made by.
+        self.carried = None if refresh or self.rulebook.depends_on_tokens else prediction
         if self.carried is not None and len(self.carried.proposal) != len(self.writable()):
             raise ValueError(
                 f"policy {self.policy.name!r} carried a prediction of another state: expected one "
@@ -292,11 +310,30 @@ class Canvas:
     def emitted_logprobs(self, count: int) -> list[TokenLogprobs]:
         """Log-probabilities of the last `count` emitted tokens."""
         end = self.prompt_len + self.emitted
-        return [self.logprobs_of[position] for position in range(end - count, end)]
+        return [
+            given_logprobs(int(self.tokens[position]))
+            if self.given[position]
+            else self.logprobs_of[position]
+            for position in range(end - count, end)
+        ]
 
     def report(self) -> dict[str, Any]:
         """What the request has cost and, with `trace`, how each position was committed."""
         report: dict[str, Any] = {"policy": self.config.policy, **dataclasses.asdict(self.account)}
         if self.config.frame.trace:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
+        if not self.given[: self.prompt_len].all():
+            report["infill"] = self._infill()
+        if isinstance(self.policy, ChoicesPolicy):
+            report |= self.policy.report(self.memory)
         return report
+
+    def _infill(self) -> list[dict[str, Any]]:
+        """What was written into the prompt, one entry for each run of masks."""
+        places = np.flatnonzero(~self.given[: self.prompt_len])
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        return [
+            {"position": int(run[0]), "tokens": self.tokens[run].tolist()}
+            for run in runs
+            if not self.masked[run].any()
+        ]

@@ -10,7 +10,8 @@ Legend: `L` positions of prompt and canvas, `M` masked positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -52,12 +53,20 @@ class Demands:
 class Rulebook:
     """The demands of one request at the positions of its canvas."""
 
-    def __init__(self, demands: Demands, prompt_len: int) -> None:
-        """Of a request whose canvas begins at `prompt_len`."""
+    def __init__(self, demands: Demands, prompt_len: int, *, never: int | None = None) -> None:
+        """The rules that follow.
+
+        Args:
+            demands: the request's.
+            prompt_len: where its canvas begins.
+            never: a token that is banned everywhere.
+        """
         self.bad_words = tuple(np.array(word) for word in demands.bad_words)
-        self.any = demands.any
+        self.any = demands.any or never is not None
         self.always = demands.rule
-        self.early = _banning(demands.rule, demands.stop_tokens)
+        if never is not None:
+            self.always = _banning(demands.rule, [never]) if demands.any else only_without(never)
+        self.early = _banning(self.always, demands.stop_tokens)
         self.early_positions = range(prompt_len, prompt_len + demands.min_tokens)
 
     @property
@@ -76,11 +85,22 @@ class Rulebook:
             rules.append(rule)
         return rules
 
-    def consistent(
+    def standing(
         self, tokens: IntArray, masked: BoolArray, positions: IntArray, writes: IntArray
     ) -> BoolArray:
         """[b] which writes of one step stand, in their order, so that none completes a bad word
-        together with those before it. The rules see to it that the first one stands."""
+        together with those before it. The rules see to it that the first one stands.
+
+        Raises:
+            ValueError: for a write that the rules forbid, which happens where they permit none.
+        """
+        rules = self.rules(tokens, masked, positions)
+        for position, token, rule in zip(positions, writes, rules, strict=True):
+            if not rule.permits(int(token)):
+                raise ValueError(
+                    f"position {position}: expected a token that may be written, found none; "
+                    f"loosen allowed_token_ids, bad_words or min_tokens"
+                )
         keep = np.ones(len(positions), bool)
         if not self.bad_words:
             return keep
@@ -91,14 +111,6 @@ class Rulebook:
                 continue
             tokens[position], masked[position] = token, False
         return keep
-
-    def check(self, position: int, token: int, rule: Rule) -> None:
-        """Raise ValueError if the token may not be written: then no token could be."""
-        if not rule.permits(token):
-            raise ValueError(
-                f"position {position}: expected at least one token that may be written, got none; "
-                f"loosen allowed_token_ids, bad_words or min_tokens"
-            )
 
     def _completing(self, tokens: IntArray, masked: BoolArray) -> dict[int, set[int]]:
         """Tokens that would complete a bad word, by masked position."""
@@ -114,6 +126,35 @@ class Rulebook:
                 if masked[start + offset]:
                     found.setdefault(start + offset, set()).add(int(word[offset]))
         return found
+
+
+class Book:
+    """The rules of one pass by number, each once: 0 stands for none."""
+
+    def __init__(self) -> None:
+        self.rules: list[Rule] = []
+        self._numbers: dict[int, int] = {}
+
+    def numbers(
+        self, rules_of: Callable[[IntArray], list[Rule] | None], positions: IntArray
+    ) -> IntArray:
+        """[M] the numbers of one request's rules at some positions."""
+        rules = rules_of(positions)
+        if rules is None:
+            return np.zeros(len(positions), np.int64)
+        return np.array([self._number(rule) for rule in rules], np.int64)
+
+    def _number(self, rule: Rule) -> int:
+        if id(rule) not in self._numbers:
+            self.rules.append(rule)  # which keeps it alive, and its id its own
+            self._numbers[id(rule)] = len(self.rules)
+        return self._numbers[id(rule)]
+
+
+@functools.cache
+def only_without(token: int) -> Rule:
+    """The rule that bans one token; the same object for every request."""
+    return Rule(banned=np.array([token]))
 
 
 def _banning(rule: Rule, tokens: Iterable[int]) -> Rule:

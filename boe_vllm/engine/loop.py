@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from boe_vllm.engine.cache import CachedRows, CachePlan, KeyValuePool
-from boe_vllm.engine.canvas import Canvas, RequestParams, TokenLogprobs
+from boe_vllm.engine.canvas import Canvas, RequestParams
+from boe_vllm.engine.demands import Book
+from boe_vllm.engine.record import TokenLikelihood, TokenLogprobs
 from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.prediction import (
@@ -95,6 +97,7 @@ class DenoisingLoop:
             prompt,
             params,
             mask_token_id=self.mask_token_id,
+            eos_token_id=self.eos_token_id,
             vocab_size=self.model.vocab_size,
             late_tokens=self.late_tokens,
             pool=self.pool,
@@ -124,7 +127,8 @@ class DenoisingLoop:
             if commit is not None and view is not None:
                 try:
                     rows, own = _reading(canvas, current, n, statistics)
-                    canvas.apply(commit, view, rows, own)
+                    likelihood = functools.partial(_likelihood, current.log_probs)
+                    canvas.apply(commit, view, rows, own, likelihood)
                 except ValueError as error:
                     errors[n] = str(error)
             results[request_id] = self._result(canvas, errors.get(n))
@@ -149,14 +153,20 @@ class DenoisingLoop:
             hidden, tape = self.model.run(hidden, layout, context)
             hidden = guided(hidden, layout, twins, guides)
         counts = np.array(layout.logit_lens[: len(fresh)], np.int64)
+        book = Book()
         log_probs = LogProbabilities(
             self.model,
             hidden,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
-            forbidden=np.repeat(
-                np.array([c.config.frame.logits_eos_inf for c in fresh], bool), counts
+            forbidden=np.concatenate(
+                [np.empty(0, np.int64)]
+                + [
+                    book.numbers(c.rules, s.wanted_positions)
+                    for c, s in zip(fresh, sequences, strict=False)
+                ]
             ),
+            book=book.rules,
             budget_bytes=self.budget_bytes,
         )
         writes = RowWrites(
@@ -181,7 +191,10 @@ class DenoisingLoop:
             layout=layout,
             log_probs=log_probs,
             tape=tape,
-            next_steps=tuple(canvas.next_step() for canvas in canvases),
+            next_steps=tuple(
+                canvas.next_step(functools.partial(book.numbers, canvas.rules))
+                for canvas in canvases
+            ),
             device_memory=tuple(canvas.device_memory for canvas in canvases),
             guides=guides,
             twins=twins,
@@ -274,3 +287,10 @@ def _reading(
         return slice(0, len(canvas.carried.proposal)), canvas.carried
     start = current.layout.logit_starts[sequence]
     return slice(start, start + current.layout.logit_lens[sequence]), statistics
+
+
+def _likelihood(log_probs: LogProbabilities, row: int, token: int) -> TokenLikelihood:
+    """How likely a token is in one row of the step's forward."""
+    ((_, logp_1V),) = log_probs.rows(np.array([row]))
+    value = logp_1V[0, token]
+    return TokenLikelihood(token, float(value), int((logp_1V[0] > value).sum()) + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,14 +33,39 @@ class TokenLogprobs:
     """Rank of the committed token, 1 is the most likely."""
 
 
-def token_logprobs(statistics: RowStatistics, row: int, top: int) -> TokenLogprobs:
-    """The log-probabilities of one row, with its `top` most likely tokens."""
-    tokens = [int(statistics.proposal[row])]
-    values = [float(np.log(statistics.confidence[row]))]
+class TokenLikelihood(NamedTuple):
+    """How likely one token is in one row."""
+
+    token: int
+    logprob: float
+    rank: int
+
+
+def given_logprobs(token: int) -> TokenLogprobs:
+    """Of a token that the request itself put on the canvas: certain."""
+    return TokenLogprobs(token_ids=[token], logprobs=[0.0], rank=1)
+
+
+def token_logprobs(
+    statistics: RowStatistics, row: int, top: int, other: TokenLikelihood | None = None
+) -> TokenLogprobs:
+    """The log-probabilities of one row, with its `top` most likely tokens.
+
+    Args:
+        statistics: of the step.
+        row: of them.
+        top: how many.
+        other: the token that is written, if it is not the row's proposal.
+    """
+    if other is None:
+        with np.errstate(divide="ignore"):  # a probability may underflow
+            value = float(np.log(statistics.confidence[row]))
+        other = TokenLikelihood(int(statistics.proposal[row]), value, int(statistics.rank[row]))
+    tokens, values = [other.token], [other.logprob]
     if statistics.top_tokens is not None and statistics.top_logprobs is not None:
         tokens += statistics.top_tokens[row, :top].tolist()
         values += statistics.top_logprobs[row, :top].tolist()
-    return TokenLogprobs(token_ids=tokens, logprobs=values, rank=int(statistics.rank[row]))
+    return TokenLogprobs(token_ids=tokens, logprobs=values, rank=other.rank)
 
 
 class Trace:

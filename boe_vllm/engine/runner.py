@@ -21,6 +21,7 @@ from boe_vllm.engine.admission import plan_request, server_config
 from boe_vllm.engine.canvas import RequestParams, TokenLogprobs
 from boe_vllm.engine.loop import DenoisingLoop, StepResult
 from boe_vllm.engine.output import DiffusionModelRunnerOutput
+from boe_vllm.engine.token_fields import demands_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -169,6 +170,7 @@ class DiffusionModelRunner:
             seed=params.seed or 0,  # admission gives every request a seed
             logprobs=count is not None,
             top_logprobs=self.model.vocab_size if count == -1 else count or 0,
+            demands=demands_of(config, params, self.model_config.hf_config.mask_token_id),
         )
 
     # ---- what vLLM's workers also ask for ------------------------------------------------------

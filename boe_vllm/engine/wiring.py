@@ -9,7 +9,8 @@ from vllm.platforms import current_platform
 
 from boe_vllm.config import EngineSettings
 from boe_vllm.engine import admission
-from boe_vllm.engine.admission import NEUTRAL, NEUTRAL_FILTERS, parse_server_config
+from boe_vllm.engine.admission import parse_server_config
+from boe_vllm.engine.token_fields import NEUTRAL
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -145,7 +146,7 @@ def _set_schedule(vllm_config: VllmConfig) -> None:
 def _neutralise_generation_config(model_config: ModelConfig) -> None:
     """A checkpoint's generation_config.json may set defaults that we would refuse in a request."""
     defaults = model_config.get_diff_sampling_param()
-    for name, neutral in (NEUTRAL | NEUTRAL_FILTERS).items():
+    for name, neutral in NEUTRAL.items():
         if name in defaults and defaults[name] not in neutral:
             logger.warning(
                 "%s=%s of the generation config is not supported by masked diffusion decoding; "

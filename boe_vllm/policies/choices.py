@@ -11,7 +11,7 @@ Legend: `N` next tokens of a beginning.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,13 @@ class ChoicesPolicy(Policy):
             memory["choice"] = self._choose(values, view)
             memory["logprobs"] = values
         return self._towards(self.answers[memory["choice"]], view, last=True)
+
+    def report(self, memory: Mapping[str, Any]) -> dict[str, Any]:
+        """The choice, as an index, and the log-likelihood of every answer, nats, once known."""
+        if "choice" not in memory:
+            return {}
+        logprobs = [round(float(value), 4) for value in memory["logprobs"]]
+        return {"choices": {"index": memory["choice"], "logprobs": logprobs}}
 
     def _choose(self, values: np.ndarray, view: View) -> int:
         if view.temperature > 0:
