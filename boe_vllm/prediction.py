@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import BoolArray, FloatArray, IntArray
-from boe_vllm.models.functional import accurate
+from boe_vllm.distributions import Summary, normalise_
+from boe_vllm.models.functional import Scratch, accurate
 from boe_vllm.rules import NEVER, Rule, rows_by_rule
 
 Tensor = torch.Tensor
@@ -29,8 +30,8 @@ class VocabularyModel(Protocol):
 
     vocab_size: int
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """[R, V] logits of normalised hidden states."""
+    def logits(self, hidden_RD: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """[R, V] logits of normalised hidden states, in `scratch` if it is given."""
         ...
 
 
@@ -74,6 +75,13 @@ class RowStatistics:
         return RowStatistics(**cut)
 
 
+class VocabularyMemory:
+    """Memory that steps reuse for their rows x V: log-probabilities, and a gradient of them."""
+
+    def __init__(self) -> None:
+        self.log_probs, self.gradient = Scratch(), Scratch()
+
+
 class LogProbabilities:
     """Log-probabilities [R, V] of a pass, nats: kept if they fit the budget, else recomputed."""
 
@@ -87,6 +95,7 @@ class LogProbabilities:
         forbidden: BoolArray | IntArray,
         book: Sequence[Rule] | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        memory: VocabularyMemory | None = None,
     ) -> None:
         """Read a pass's logit rows.
 
@@ -98,7 +107,9 @@ class LogProbabilities:
             forbidden: [R] each row's rule: 0 for none, n for the n-th of the book.
             book: the pass's rules, which may still grow; None for one, "no EOS".
             budget_bytes: largest temporary.
+            memory: for one pass at a time; its own by default.
         """
+        self.memory = memory or VocabularyMemory()
         self.model = model
         self.hidden_RD = hidden_RD
         self.mask_token_id = mask_token_id
@@ -124,29 +135,35 @@ class LogProbabilities:
             budget_bytes=self.budget_bytes,
         )
 
-    def tiles(self, keep: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """All rows as (rows, [r, V]) tiles; `keep` retains them for `rows` if they fit."""
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows as (rows, [r, V]) tiles."""
+        for rows, tile, _ in self.summaries():
+            yield rows, tile
+
+    def summaries(self, keep: bool = False) -> Iterator[tuple[slice, Tensor, Summary]]:
+        """All rows as (rows, [r, V], summary) tiles; `keep` retains them for `rows` if they fit."""
         keep = keep and self.keeps
+        scratch = self.memory.log_probs if len(self.hidden_RD) <= self.tile_rows else None
         kept = []
         for start in range(0, len(self.hidden_RD), self.tile_rows):
             rows = slice(start, min(start + self.tile_rows, len(self.hidden_RD)))
-            tile = self._compute(self.hidden_RD[rows], self.forbidden[rows])
+            tile, summary = self._compute(self.hidden_RD[rows], self.forbidden[rows], scratch)
             if keep:
                 kept.append(tile)
-            yield rows, tile
+            yield rows, tile, summary
         if keep and kept:
             self._kept = torch.cat(kept) if len(kept) > 1 else kept[0]
 
     def rows(self, index_N: IntArray) -> Iterator[tuple[slice, Tensor]]:
-        """The given rows as (places within `index_N`, [r, V]) tiles."""
-        device = self.hidden_RD.device
+        """The given rows as (places within `index_N`, [r, V]) tiles, to be read only."""
         for start in range(0, len(index_N), self.tile_rows):
             places = slice(start, min(start + self.tile_rows, len(index_N)))
-            chosen = torch.from_numpy(index_N[places]).to(device)
+            chosen = _as_index(index_N[places], self.hidden_RD.device)
             if self._kept is not None:
                 yield places, self._kept[chosen]
             else:
-                yield places, self._compute(self.hidden_RD[chosen], self.forbidden[index_N[places]])
+                hidden_rD, forbidden_r = self.hidden_RD[chosen], self.forbidden[index_N[places]]
+                yield places, self._compute(hidden_rD, forbidden_r)[0]
 
     def filter(self, p_rV: Tensor, rows_r: IntArray) -> Tensor:
         """[r, V] tempered probabilities of some rows, 0 where a row's sample may not be."""
@@ -157,14 +174,16 @@ class LogProbabilities:
                     p_rV[rows] = rule.filter(p_rV[rows])
         return p_rV
 
-    def _compute(self, hidden_rD: Tensor, forbidden_r: IntArray) -> Tensor:
-        logits = accurate(self.model.logits(hidden_rD))
+    def _compute(
+        self, hidden_rD: Tensor, forbidden_r: IntArray, scratch: Scratch | None = None
+    ) -> tuple[Tensor, Summary]:
+        logits = accurate(self.model.logits(hidden_rD, scratch))
         logits[:, self.mask_token_id] = NEVER
         if forbidden_r.any():
             for rule, rows in rows_by_rule(forbidden_r, self.book, logits.device):
                 if rule.edits:
                     rule.edit(logits, rows)
-        return logits.sub_(logits.logsumexp(-1, keepdim=True))
+        return logits, normalise_(logits)
 
 
 def read_statistics(
@@ -179,22 +198,18 @@ def read_statistics(
     """
     columns, tops = [], []
     k = writes.top_logprobs
-    for rows, logp in log_probs.tiles(keep):
-        p = logp.exp()
-        best, argmax = logp.max(-1)
-        second = logp.scatter(-1, argmax[:, None], NEVER).amax(-1)
-        proposal = _propose(logp, argmax, writes, rows, log_probs)
+    for rows, logp, found in log_probs.summaries(keep):
+        proposal = _propose(logp, found.argmax, writes, rows, log_probs)
         chosen = logp.gather(-1, proposal[:, None])
-        rank = (logp > chosen).sum(-1) + 1 if k else torch.zeros_like(argmax)
-        entropy = -(p.mul_(logp)).sum(-1)
+        rank = (logp > chosen).sum(-1) + 1 if k else torch.zeros_like(proposal)
         columns.append(
             torch.stack(
                 [
                     proposal.double(),
                     chosen[:, 0].double().exp(),
-                    best.double().exp() - second.double().exp(),
-                    entropy.double(),
-                    torch.isfinite(entropy).double(),
+                    found.best.double().exp() - found.second.double().exp(),
+                    found.entropy.double(),
+                    torch.isfinite(found.entropy).double(),
                     rank.double(),
                 ]
             )
@@ -214,13 +229,6 @@ def read_statistics(
         top_tokens=None if top is None else top[0].astype(np.int64),
         top_logprobs=None if top is None else top[1],
     )
-
-
-def entropy_gradient(logp_rV: Tensor) -> Tensor:
-    """Gradient of each row's entropy with respect to its logits: `-p (ln p + H)`, [r, V]."""
-    p = logp_rV.exp()
-    entropy = -(p * logp_rV).sum(-1, keepdim=True)
-    return -p * (logp_rV + entropy)
 
 
 def _propose(
@@ -248,3 +256,10 @@ def _propose(
     proposal = argmax_r.clone()
     proposal[rows] = tokens.clamp_(max=logp_rV.shape[-1] - 1)
     return proposal
+
+
+def _as_index(index_N: IntArray, device: torch.device) -> slice | Tensor:
+    """The rows as a range where they are one, which reads them without a copy."""
+    if len(index_N) and (np.diff(index_N) == 1).all():
+        return slice(int(index_N[0]), int(index_N[-1]) + 1)
+    return torch.from_numpy(index_N).to(device)

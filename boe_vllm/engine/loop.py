@@ -25,6 +25,7 @@ from boe_vllm.prediction import (
     LogProbabilities,
     RowStatistics,
     RowWrites,
+    VocabularyMemory,
     read_statistics,
 )
 from boe_vllm.rows import SequenceRows, pack
@@ -89,6 +90,7 @@ class DenoisingLoop:
         self.pool = KeyValuePool(
             cache_rows, **model.cache_shape(), dtype=weight.dtype, device=device
         )
+        self.memory = VocabularyMemory()
         self.canvases: dict[str, Canvas] = {}
 
     def add(self, request_id: str, prompt: list[int], params: RequestParams) -> None:
@@ -168,6 +170,7 @@ class DenoisingLoop:
             ),
             book=book.rules,
             budget_bytes=self.budget_bytes,
+            memory=self.memory,
         )
         writes = RowWrites(
             temperature=np.repeat(np.array([c.params.temperature for c in fresh]), counts),

@@ -16,13 +16,34 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 
 
+class Scratch:
+    """Memory for one large temporary at a time, kept from one use to the next.
+
+    A tensor of tens of megabytes comes fresh from the operating system every time; on a CPU its page
+    faults cost more than the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, x_ND: Tensor, width: int) -> Tensor:
+        """Uninitialised [N, width] in the dtype and on the device of `x_ND`."""
+        size = len(x_ND) * width * x_ND.element_size()
+        if self._memory.numel() < size or self._memory.device != x_ND.device:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # before the larger one is made
+            self._memory = torch.empty(size, dtype=torch.uint8, device=x_ND.device)
+        return self._memory[:size].view(x_ND.dtype).view(len(x_ND), width)
+
+
 def accurate(x: Tensor) -> Tensor:
     """`x` in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def matmul_rows(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
+def matmul_rows(x_ND: Tensor, weight_DE: Tensor, scratch: Scratch | None = None) -> Tensor:
     """`x @ weight`, [N, E]: each row's result is the same whatever the other rows are.
+
+    With `scratch` the result lies in its memory and is gone with the next product given it.
 
     On CPU, BLAS picks other kernels, with another order of summation, when a thread gets fewer
     than four rows; a product of few rows is therefore filled up with zero rows. On CUDA this is
@@ -36,7 +57,9 @@ def matmul_rows(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
         x_ND = F.pad(x_ND, (0, 0, 0, least - rows))
     if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
         return _widened(x_ND, weight_DE)[:rows]
-    return (x_ND @ weight_DE)[:rows]
+    if scratch is None:
+        return (x_ND @ weight_DE)[:rows]
+    return torch.mm(x_ND, weight_DE, out=scratch.like(x_ND, weight_DE.shape[1]))[:rows]
 
 
 @functools.cache
@@ -85,9 +108,13 @@ def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torc
 
 def rotate(x_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
     """Rotary embedding, halves layout (first half with second half), [N, H, P]."""
-    first, second = accurate(x_NHP).chunk(2, dim=-1)
+    x = accurate(x_NHP)
     cos, sin = tables_2N1p
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_NHP.dtype)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return turned.to(x_NHP.dtype)
 
 
 def rotate_backward(dy_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
@@ -95,10 +122,10 @@ def rotate_backward(dy_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
     return rotate(dy_NHP, torch.stack([tables_2N1p[0], -tables_2N1p[1]]))
 
 
-def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """`silu(gate) * up`, [N, F], of the two halves."""
+def swiglu_(gate_up_N2F: Tensor) -> Tensor:
+    """`silu(gate) * up`, [N, F], of the two halves; overwrites the first."""
     gate, up = gate_up_N2F.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:

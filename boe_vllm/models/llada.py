@@ -41,13 +41,14 @@ from boe_vllm.attention import attention_backward, attention_forward
 from boe_vllm.models import weights
 from boe_vllm.models.config import LLaDAConfig
 from boe_vllm.models.functional import (
+    Scratch,
     matmul_rows,
     rms_norm,
     rms_norm_backward,
     rotary_tables,
     rotate,
     rotate_backward,
-    swiglu,
+    swiglu_,
     swiglu_backward,
 )
 from boe_vllm.rows import RowLayout
@@ -144,10 +145,15 @@ class LLaDABlock(nn.Module):
         """The residual stream after attention, [N, D]."""
         return x_ND + self.attn_out(mixed_NHP.reshape(len(x_ND), -1))[0]
 
-    def feed(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after the MLP, [N, D], and the MLP's pre-activations, [N, 2F]."""
-        gate_up, _ = self.gate_up_proj(rms_norm(x_ND, self.ff_norm, self.eps))
-        return x_ND + self.ff_out(swiglu(gate_up))[0], gate_up
+    def feed(
+        self, x_ND: Tensor, kept_K: Tensor | None = None, scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the MLP, [N, D], and the MLP's pre-activations of the kept rows,
+        [K, 2F], if there are any."""
+        normed = rms_norm(x_ND, self.ff_norm, self.eps)
+        gate_up = matmul_rows(normed, self.gate_up_proj.weight.t(), scratch)
+        kept = None if kept_K is None else gate_up[kept_K]
+        return x_ND + self.ff_out(swiglu_(gate_up))[0], kept
 
     def backward(
         self, dx_KD: Tensor, tape: LayerTape, layout: RowLayout, rotary: Tensor, open_K11: Tensor
@@ -225,6 +231,7 @@ class LLaDAForDiffusion(nn.Module):
         keep = any(layout.kept_lens)
         kept = layout.kept_index
         tape = Tape(layout, rotary[:, kept], []) if keep else None
+        scratch = Scratch()
         for index, block in enumerate(self.layers):
             q, k, v = block.project(x_TD, rotary)
             if tape is not None:
@@ -232,9 +239,10 @@ class LLaDAForDiffusion(nn.Module):
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
             after = block.attend(x_TD, mixed)
-            out, gate_up = block.feed(after)
+            out, gate_up = block.feed(after, kept if keep else None, scratch)
             if tape is not None:
-                tape.layers.append(LayerTape(x_TD[kept], after[kept], q[kept], gate_up[kept], k, v))
+                assert gate_up is not None
+                tape.layers.append(LayerTape(x_TD[kept], after[kept], q[kept], gate_up, k, v))
             x_TD = out
         if tape is not None:
             tape.final_KD = x_TD[kept]
@@ -273,9 +281,9 @@ class LLaDAForDiffusion(nn.Module):
 
     # ---- vocabulary ----------------------------------------------------------------------------
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Logits [R, V] of normalised hidden states, on every rank."""
-        local = matmul_rows(hidden_RD, self.head.weight.t())
+    def logits(self, hidden_RD: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Logits [R, V] of normalised hidden states, on every rank; in `scratch` if it is given."""
+        local = matmul_rows(hidden_RD, self.head.weight.t(), scratch)
         if get_tensor_model_parallel_world_size() > 1:
             local = tensor_model_parallel_all_gather(local)
         return local[:, : self.vocab_size]
@@ -293,7 +301,8 @@ class LLaDAForDiffusion(nn.Module):
         rows = layer.weight.shape[0]
         start = layer.shard_indices.org_vocab_start_index
         piece = x_RV[:, start : start + rows].to(layer.weight.dtype)
-        return torch.nn.functional.pad(piece, (0, rows - piece.shape[1]))
+        missing = rows - piece.shape[1]
+        return torch.nn.functional.pad(piece, (0, missing)) if missing else piece
 
     # ---- what vLLM calls -----------------------------------------------------------------------
 

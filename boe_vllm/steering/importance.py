@@ -19,8 +19,9 @@ from vllm.distributed import (
 )
 
 from boe_vllm.arrays import IntArray
+from boe_vllm.distributions import entropy_gradient
 from boe_vllm.models.functional import accurate
-from boe_vllm.prediction import LogProbabilities, entropy_gradient
+from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import SequenceRows, pack
 from boe_vllm.steering.asks import TokenImportance
 from boe_vllm.steering.guidance import guided, with_twins
@@ -212,9 +213,9 @@ def _objective_gradient(current: DenoisingPass, parts: Sequence[Part]) -> Tensor
         device=current.device,
     )
     for places, logp in log_probs.rows(rows):
-        gradient = entropy_gradient(logp)
+        gradient = entropy_gradient(logp, log_probs.memory.gradient)
         if (weights[places] != 1).any():
-            gradient = gradient * torch.from_numpy(weights[places]).to(gradient)[:, None]
+            gradient *= torch.from_numpy(weights[places]).to(gradient)[:, None]
         dhidden[kept[places]] = current.model.logits_backward(gradient).to(dhidden)
     return dhidden
 

@@ -32,7 +32,7 @@ def soft_writes(log_probs: LogProbabilities, rows_C: IntArray, sharpen_C: FloatA
         if (sharpen_C[places] != 1).any():
             power = torch.from_numpy(1 / sharpen_C[places]).to(logp)
             logp = (logp * power[:, None]).log_softmax(-1)
-        writes.append(model.soft_embed(logp.exp_()))
+        writes.append(model.soft_embed(logp.exp()))
     return torch.cat(writes)
 
 

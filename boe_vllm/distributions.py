@@ -1,0 +1,77 @@
+"""Rows of logits turned into log-probabilities, summarised and differentiated.
+
+The work is memory-bound: on a CPU rows are taken a few at a time, so that they stay in its cache, and
+large results lie in memory that is used again at the next step.
+
+Legend: `r` rows, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from boe_vllm.models.functional import Scratch
+
+Tensor = torch.Tensor
+
+_CACHED_BYTES = 2**21
+"""Rows x V that are worked on at a time on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """What one look at the logits of some rows tells, on the device."""
+
+    argmax: Tensor
+    """[r] most likely token."""
+    best: Tensor
+    """[r] its log-probability, nats."""
+    second: Tensor
+    """[r] second largest log-probability, nats."""
+    entropy: Tensor
+    """[r] nats."""
+
+
+def normalise_(logits_rV: Tensor) -> Summary:
+    """Turn logits into log-probabilities, in place, and summarise them on the way."""
+    parts = [_normalise_(logits_rV[rows]) for rows in _in_cache(logits_rV)]
+    return Summary(*(torch.cat(columns)[:, 0] for columns in zip(*parts, strict=True)))
+
+
+def entropy_gradient(logp_rV: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Gradient of each row's entropy with respect to its logits: `-p (ln p + H)`, [r, V].
+
+    With `scratch` it lies in that memory.
+    """
+    gradient = (scratch or Scratch()).like(logp_rV, logp_rV.shape[1])
+    for rows in _in_cache(logp_rV):
+        p = torch.exp(logp_rV[rows], out=gradient[rows])
+        weighted = p * logp_rV[rows]
+        p.mul_(weighted.sum(-1, keepdim=True)).sub_(weighted)
+    return gradient
+
+
+def _normalise_(x_rV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`normalise_` of a few rows: argmax, best, second, entropy, [r, 1] each."""
+    largest, argmax = x_rV.max(-1, keepdim=True)
+    second = x_rV.scatter(-1, argmax, -torch.inf).amax(-1, keepdim=True)
+    weights = x_rV.sub_(largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    log_total = total.log()
+    # Both terms are at least 0, since the logits are less their maximum: nothing cancels.
+    entropy = log_total - weights.mul_(x_rV).sum(-1, keepdim=True) / total
+    x_rV.sub_(log_total)
+    return argmax, -log_total, second - largest - log_total, entropy
+
+
+def _in_cache(x_rV: Tensor) -> Iterator[slice]:
+    """The rows, as many at a time as stay in a CPU's cache; all at once elsewhere."""
+    rows = max(len(x_rV), 1)
+    step = rows
+    if x_rV.device.type == "cpu":
+        step = max(1, _CACHED_BYTES // (x_rV.shape[1] * x_rV.element_size()))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
