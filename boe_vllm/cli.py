@@ -7,7 +7,11 @@ import sys
 from collections.abc import Sequence
 
 # Command -> module with a `main(argv)`, imported only when the command is used.
-COMMANDS = {"bench": "boe_vllm.bench", "count-frequencies": "boe_vllm.frequencies"}
+COMMANDS = {
+    "bench": "boe_vllm.bench",
+    "eval": "boe_vllm.eval",
+    "count-frequencies": "boe_vllm.frequencies",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,6 +75,10 @@ class Task(ABC):
     def items(self, n: int | None = None, *, seed: int = 0, split: str = "test") -> list[Item]:
         """`n` different problems; the same for the same arguments. None for all, in a file."""
 
+    def require(self) -> None:
+        """A ValueError when this machine lacks what scoring needs; nothing by default."""
+        return
+
     def messages(self, item: Item) -> list[dict[str, str]]:
         """The item as a conversation, for models with a chat template."""
         return [{"role": "user", "content": item.prompt}]

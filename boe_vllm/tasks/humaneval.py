@@ -5,7 +5,7 @@ from __future__ import annotations
 from boe_vllm.tasks.base import Item
 from boe_vllm.tasks.code import defines, extract
 from boe_vllm.tasks.files import FileTask, Record, fill
-from boe_vllm.tasks.sandbox import runs_to_its_end
+from boe_vllm.tasks.sandbox import require_sandbox, runs_to_its_end
 
 
 class HumanEval(FileTask):
@@ -21,6 +21,9 @@ class HumanEval(FileTask):
         "the file's own prompt and the stop strings of lm-eval's task humaneval; for chat models "
         "the words of lm-eval's humaneval_instruct"
     )
+
+    def require(self) -> None:
+        require_sandbox()
 
     def make_item(self, record: Record) -> Item:
         return Item(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from boe_vllm.tasks.base import Item
 from boe_vllm.tasks.files import FileTask, Record, fill
 from boe_vllm.tasks.numbers import last_boxed
@@ -20,6 +22,12 @@ class MATH500(FileTask):
         "the four examples of Lewkowycz et al. 2022 (Minerva, arXiv 2206.14858), in the form of "
         "lm-eval's task minerva_math"
     )
+
+    def require(self) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError(
+                "task 'math500' expected the package math-verify; pip install 'boe-vllm[eval]'"
+            )
 
     def make_item(self, record: Record) -> Item:
         return Item(
@@ -43,10 +51,6 @@ class MATH500(FileTask):
 
 def _equal(gold: str, answer: str) -> bool:
     """Mathematical equality by `math-verify`, in a process's main thread (it sets alarms)."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(
-            "task 'math500' expected the package math-verify; pip install 'boe-vllm[eval]'"
-        ) from error
+    from math_verify import parse, verify
+
     return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{answer}}}")))

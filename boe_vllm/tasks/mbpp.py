@@ -5,7 +5,7 @@ from __future__ import annotations
 from boe_vllm.tasks.base import Item
 from boe_vllm.tasks.code import extract
 from boe_vllm.tasks.files import FileTask, Record, fill
-from boe_vllm.tasks.sandbox import runs_to_its_end
+from boe_vllm.tasks.sandbox import require_sandbox, runs_to_its_end
 
 SHOWN = (2, 3, 4)  # task ids of the examples in the prompt
 
@@ -20,6 +20,9 @@ class MBPP(FileTask):
     stop = ("[DONE]",)
     slow_score = True
     source = "lm-eval's task mbpp, after Austin et al. 2021 (arXiv 2108.07732)"
+
+    def require(self) -> None:
+        require_sandbox()
 
     def make_item(self, record: Record) -> Item:
         for name in ("test_list", "test_imports"):

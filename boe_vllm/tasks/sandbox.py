@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import secrets
 import signal
 import subprocess
@@ -15,6 +16,15 @@ from boe_vllm.tasks import seccomp
 
 SECONDS = 10.0
 MEMORY_MB = 1024
+
+
+def require_sandbox() -> None:
+    """A ValueError where programs cannot be run safely."""
+    if not seccomp.supported():
+        raise ValueError(
+            "programs that models write are run where system calls can be filtered: expected Linux "
+            f"on x86_64 or aarch64, got {sys.platform} on {platform.machine()}; score them there"
+        )
 
 
 def runs_to_its_end(source: str, *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> bool:
@@ -29,13 +39,10 @@ def runs_to_its_end(source: str, *, seconds: float = SECONDS, memory_mb: int = M
         memory_mb: address space, MiB.
 
     Raises:
-        RuntimeError: where this machine has no sandbox; nothing is run then.
+        ValueError: where there is no sandbox; nothing is run then.
+        RuntimeError: when it does not start.
     """
-    if not seccomp.supported():
-        raise RuntimeError(
-            "programs of models are run on Linux (x86_64 or aarch64) only, where system calls can "
-            f"be filtered; got {sys.platform}; score them there"
-        )
+    require_sandbox()
     # The program cannot claim success by an early exit: it does not know the word.
     word = secrets.token_hex(16)
     limits = f"{memory_mb << 20} {int(seconds) + 1} {word}\n"
