@@ -53,7 +53,9 @@ def make_loop(model, **changes):
 
 
 def params_of(fields, *, prompt_len=4, max_tokens=16, temperature=0.0, seed=0, **changes):
-    config = parse_sampler_config(fields)
+    server = {name: fields[name] for name in ("frequencies",) if name in fields}
+    own = {name: value for name, value in fields.items() if name not in server}
+    config = parse_sampler_config(own, base=parse_sampler_config(server))
     plan = plan_canvas(config, prompt_len=prompt_len, max_tokens=max_tokens, max_model_len=128)
     return RequestParams(config=config, plan=plan, temperature=temperature, seed=seed, **changes)
 

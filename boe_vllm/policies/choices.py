@@ -61,7 +61,8 @@ class ChoicesPolicy(Policy):
             for beginning, value in zip(following, values, strict=True):
                 scores[beginning] = scores[now] + float(value)
         # In this order every beginning comes after those that it begins with.
-        left = [b for b in self.beginnings if b and b not in memory.setdefault("seen", {()})]
+        seen = memory.setdefault("seen", {()})
+        left = [beginning for beginning in self.beginnings if beginning not in seen]
         if left:
             return self._towards(left[0], view)
         if "choice" not in memory:

@@ -73,12 +73,13 @@ def _single_pass(
             [parts[n].ask.candidates for n in revealing],
         )
         response = _Response(changes, kept[places])
-    dx = current.model.backward(
-        _objective_gradient(current, parts),
-        current.tape,
-        _open_rows(current, parts),
-        observe=response,
-    )
+    with current.clock.part("backward"):
+        dx = current.model.backward(
+            _objective_gradient(current, parts),
+            current.tape,
+            _open_rows(current, parts),
+            observe=response,
+        )
     change = accurate(soft) - accurate(_mask_embedding(current, soft.dtype))
     scores = -(accurate(dx[kept]) * change).sum(-1)
     if response is not None:
@@ -156,7 +157,8 @@ def _injected(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]
     )
     parts = parts_of(second, [(n, ask) for n, (_, ask) in enumerate(asks)])
     assert tape is not None
-    dx = model.backward(_objective_gradient(second, parts), tape, _open_rows(second, parts))
+    with first.clock.part("backward"):
+        dx = model.backward(_objective_gradient(second, parts), tape, _open_rows(second, parts))
     kept = _packed(second.kept_rows, parts, "candidates").to(first.device)
     change = accurate(soft) - accurate(_mask_embedding(first, soft.dtype))
     scores = -(accurate(dx[kept]) * change).sum(-1)

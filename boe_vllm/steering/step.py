@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.clock import Clock
 from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout, SequenceRows
@@ -64,6 +65,8 @@ class DenoisingPass:
     """Where a further pass finds the stored keys and values of its sequences."""
     row_budget: int = DEFAULT_ROW_BUDGET
     """Most rows of one look-ahead pass."""
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    """Counts the time of the step's parts."""
 
     @property
     def device(self) -> torch.device:
