@@ -6,10 +6,13 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from boe_vllm.eval.engine import Answer
 from boe_vllm.tasks import Item, Score, Task
+
+if TYPE_CHECKING:
+    # The processes import this module, and shall not wait for vLLM.
+    from boe_vllm.eval.engine import Answer
 
 PROCESSES = 8
 
