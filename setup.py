@@ -43,6 +43,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "vllm.general_plugins": ["boe_vllm = boe_vllm.plugin:register"],
+        "vllm.stat_logger_plugins": ["boe_vllm = boe_vllm.metrics:DenoisingMetrics"],
         "console_scripts": ["boe-vllm = boe_vllm.cli:main"],
     },
     classifiers=[

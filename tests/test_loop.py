@@ -1,5 +1,6 @@
 """The denoising loop: LLaDA's schedule, results that no batch changes, counted cost, errors."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from boe_vllm.engine.loop import DenoisingLoop
 from boe_vllm.models.standalone import build
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
+from boe_vllm.steering.asks import TokenImportance
 
 MASK, EOS = 28, 27
 TABLE = Path(__file__).parent / "data" / "frequencies_29.json"
@@ -316,3 +318,75 @@ def test_a_failing_policy_fails_its_own_request(model):
     assert "policy 'broken' failed: no idea" in results["bad"].error
     assert "decided nothing" in results["idle"].error
     assert results["good"].error is None
+
+
+def test_an_ask_that_cannot_be_answered_fails_its_own_request(model):
+    """All asks share their passes, so the bad one has to be found among them."""
+    loop = make_loop(model)
+    for name in ("bad", "good", "plain"):
+        fields = {"policy": "confidence" if name == "plain" else "boe", "tokens_per_step": 2}
+        loop.add(name, [1, 2], params_of(fields, prompt_len=2, max_tokens=8))
+    policy = loop.canvases["bad"].policy
+
+    class Asking:
+        name, needs, step_limit = "asking", policy.needs, policy.step_limit
+
+        def step(self, view):
+            yield TokenImportance(
+                candidates=np.array([99]),
+                objective=np.array([0]),
+                active=np.array([0]),
+                surrogate="mask",
+                context="frozen",
+                sharpen=1.0,
+            )
+
+    class Silent(Asking):
+        def step(self, view):
+            raise RuntimeError("before the first ask")
+
+    loop.canvases["bad"].policy = Asking()
+    loop.add("silent", [1, 2], params_of({}, prompt_len=2, max_tokens=8))
+    loop.canvases["silent"].policy = Silent()
+    results = loop.step(list(loop.canvases))
+    assert "policy 'asking' failed" in results["bad"].error
+    assert "policy 'asking' failed: before the first ask" in results["silent"].error
+    first = {name: results[name].tokens for name in ("good", "plain")}
+    for name in ("bad", "silent"):
+        loop.remove(name)
+    rest, reports = finish(loop)
+
+    alone = make_loop(model)
+    alone.add(
+        "good",
+        [1, 2],
+        params_of({"policy": "boe", "tokens_per_step": 2}, prompt_len=2, max_tokens=8),
+    )
+    tokens, want = finish(alone)
+    assert first["good"] + rest["good"] == tokens["good"]
+    assert reports["good"] == want["good"]
+
+
+def test_the_tally_adds_up_to_the_reports(model):
+    loop = make_loop(model)
+    for n, policy in enumerate(["boe", "confidence", "remdm", "confidence"]):
+        fields = {"policy": policy, "tokens_per_step": 2, "cache": "none"}
+        loop.add(f"{n}", [1, 2], params_of(fields, prompt_len=2, max_tokens=12, seed=n))
+    loop.step(["0", "1"])
+    assert loop.read_tally()["boe/active/confidence"] == 2
+    loop.remove("1")
+    before = dataclasses.asdict(loop.canvases["0"].account)
+    _, reports = finish(loop)
+    tally = loop.read_tally()
+    for name in ("forwards", "backwards", "rows_forward", "rows_backward"):
+        assert tally[f"boe/{name}"] == sum(r[name] for r in reports.values()) - before[name]
+    steps = sum(r["denoising_steps"] for r in reports.values()) - before["denoising_steps"]
+    by_policy = {k: v for k, v in tally.items() if k.startswith("boe/denoising_steps/")}
+    assert sum(by_policy.values()) == steps
+    assert set(by_policy) == {f"boe/denoising_steps/{p}" for p in ("boe", "confidence", "remdm")}
+    per_step = {int(k.rsplit("/")[-1]): v for k, v in tally.items() if "/tokens_per_step/" in k}
+    assert sum(per_step.values()) == steps
+    assert sum(k * v for k, v in per_step.items()) == tally["boe/committed_tokens"]
+    parts = {k.rsplit("/")[-1] for k in tally if k.startswith("boe/seconds/")}
+    assert parts == {"forward", "surrogate", "backward", "policy"}
+    assert not [key for key in loop.read_tally() if "cache" not in key]

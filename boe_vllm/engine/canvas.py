@@ -19,7 +19,7 @@ import numpy as np
 
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
-from boe_vllm.engine import schedule
+from boe_vllm.engine.blocks import Blocks
 from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
 from boe_vllm.engine.demands import Rulebook
 from boe_vllm.engine.record import (
@@ -41,7 +41,7 @@ from boe_vllm.steering.guidance import Guide
 from boe_vllm.steering.step import NextStep
 
 
-class Canvas:
+class Canvas(Blocks):
     """State of one request between denoising steps."""
 
     def __init__(
@@ -107,61 +107,9 @@ class Canvas:
             assert pool is not None
             frame = self.config.frame
             self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
-        self.carried: RowStatistics | None = None
-        """The coming step's prediction, if the last step's look-ahead has made it already."""
-        self.settled = True
-        """Nothing that this block has written can be remasked any more."""
-        self.block = -1
         self._next_block()
 
-    # ---- blocks and steps ----------------------------------------------------------------------
-
-    @property
-    def done(self) -> bool:
-        """Nothing is masked any more."""
-        return not self.masked.any()
-
-    def writable(self) -> IntArray:
-        """[M] positions of the current block that are masked, ascending."""
-        return self.block_start + np.flatnonzero(self.masked[self.block_start : self.block_end])
-
-    def upcoming(self) -> IntArray:
-        """Masked positions of the block after the current one, ascending."""
-        end = self.block_end + self.plan.block_length
-        return self.block_end + np.flatnonzero(self.masked[self.block_end : end])
-
-    def written(self) -> IntArray:
-        """[W] positions of the current block that are written, ascending."""
-        return self.block_positions[~self.masked[self.block_positions]]
-
-    def quota(self) -> int:
-        """Tokens due in this step."""
-        masks = int(self.masked[self.block_start : self.block_end].sum())
-        due = schedule.due(
-            self.config.frame.schedule,
-            masks=self.block_masks,
-            steps=self.block_steps,
-            step=self.block_step,
-            written=self.block_masks - masks,
-        )
-        return min(masks, due)
-
-    def _next_block(self) -> None:
-        """Move on to the first block, from the current one, that has masks."""
-        self.carried, self.settled = None, True
-        while not self.done:
-            self.block += 1
-            start = self.prompt_len + self.block * self.plan.block_length
-            self.block_start = 0 if self.block == 0 else start
-            self.block_end = min(start + self.plan.block_length, len(self.tokens))
-            self.block_masks = int(self.masked[self.block_start : self.block_end].sum())
-            own = np.arange(self.block_start, self.block_end)
-            self.block_positions = own[~self.given[own]]
-            self.block_step = 0
-            if self.block_masks:
-                self.block_steps = self.plan.steps_for(self.block_masks)
-                self.step_limit = self.policy.step_limit(self.block_masks, self.block_steps)
-                return
+    # ---- passes ----------------------------------------------------------------------------------
 
     def cache_plan(self, ahead: int = 0) -> CachePlan | None:
         """What the coming pass, or one `ahead` of it, stores or reads; None without a cache."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from boe_vllm.clock import Clock
 from boe_vllm.engine.cache import CachedRows, CachePlan, KeyValuePool
 from boe_vllm.engine.canvas import Canvas, RequestParams
+from boe_vllm.engine.deciding import Errors, decide, reading, views_of
 from boe_vllm.engine.demands import Book
 from boe_vllm.engine.record import TokenLikelihood, TokenLogprobs
+from boe_vllm.engine.tally import COSTS, PREFIX, Tally
 from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.prediction import (
@@ -29,11 +31,8 @@ from boe_vllm.prediction import (
     read_statistics,
 )
 from boe_vllm.rows import SequenceRows, pack
-from boe_vllm.steering.answers import answer
 from boe_vllm.steering.guidance import guided, with_twins
 from boe_vllm.steering.step import DEFAULT_ROW_BUDGET, DenoisingPass
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +91,7 @@ class DenoisingLoop:
         )
         self.memory = VocabularyMemory()
         self.canvases: dict[str, Canvas] = {}
+        self.clock, self.tally = Clock(), Tally()
 
     def add(self, request_id: str, prompt: list[int], params: RequestParams) -> None:
         """Open a canvas for a request."""
@@ -121,20 +121,31 @@ class DenoisingLoop:
         # Those whose prediction the last look-ahead has made already have no rows: they come last.
         running.sort(key=lambda r: self.canvases[r].carried is not None)
         canvases = [self.canvases[r] for r in running]
-        current, statistics = self._predict(canvases)
-        views, errors = self._views(canvases, current, statistics)
-        commits = self._decide(canvases, current, views, errors)
+        before = _costs(canvases)
+        errors = Errors()
+        with self.clock.part("forward"):
+            current, statistics = self._predict(canvases)
+        with self.clock.part("policy"):
+            views = views_of(canvases, current, statistics, errors)
+            commits = decide(canvases, current, views, errors)
+            for n, commit in commits.items():
+                if n not in errors:
+                    self._apply(canvases[n], commit, views[n], current, n, statistics, errors)
+        self.tally.cost(before, _costs(canvases))
+        self.tally.time(self.clock.read())
         for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
-            commit, view = commits.get(n), views.get(n)
-            if commit is not None and view is not None:
-                try:
-                    rows, own = _reading(canvas, current, n, statistics)
-                    likelihood = functools.partial(_likelihood, current.log_probs)
-                    canvas.apply(commit, view, rows, own, likelihood)
-                except ValueError as error:
-                    errors[n] = str(error)
             results[request_id] = self._result(canvas, errors.get(n))
         return results
+
+    def read_tally(self) -> dict[str, int]:
+        """What has been done since the last call, for the server's metrics."""
+        counts = self.tally.read()
+        counts[PREFIX + "cache_rows"] = self.pool.rows
+        counts[PREFIX + "cache_rows_used"] = self.pool.used
+        for canvas in self.canvases.values():
+            key = f"{PREFIX}active/{canvas.policy.name}"
+            counts[key] = counts.get(key, 0) + 1
+        return counts
 
     # ---- stages --------------------------------------------------------------------------------
 
@@ -203,56 +214,32 @@ class DenoisingLoop:
             twins=twins,
             open_cache=functools.partial(CachedRows, self.pool),
             row_budget=self.row_budget,
+            clock=self.clock,
         )
         return current, statistics
 
-    def _views(
-        self, canvases: Sequence[Canvas], current: DenoisingPass, statistics: RowStatistics
-    ) -> tuple[dict[int, View], dict[int, str]]:
-        """The view of every request whose logits are finite, and an error for the others."""
-        views, errors = {}, {}
-        for n, canvas in enumerate(canvases):
-            rows, own = _reading(canvas, current, n, statistics)
-            if own.finite[rows].all():
-                positions = current.sequences[n].logit_positions
-                views[n] = canvas.view(positions, rows, own)
-            else:
-                errors[n] = (
-                    f"the model's logits are not finite in denoising step "
-                    f"{canvas.account.denoising_steps}; check the checkpoint and the dtype"
-                )
-        return views, errors
-
-    def _decide(
+    def _apply(
         self,
-        canvases: Sequence[Canvas],
+        canvas: Canvas,
+        commit: Commit,
+        view: View,
         current: DenoisingPass,
-        views: dict[int, View],
-        errors: dict[int, str],
-    ) -> dict[int, Commit]:
-        """Run the policies' steps side by side; their asks are answered round by round."""
-        steps = {n: canvases[n].policy.step(view) for n, view in views.items()}
-        replies: dict[int, Any] = dict.fromkeys(steps)
-        commits: dict[int, Commit] = {}
-        while replies:
-            asks = {}
-            for n, reply in replies.items():
-                try:
-                    asks[n] = steps[n].send(reply)
-                except StopIteration as stop:
-                    commits[n] = stop.value
-                except Exception as error:  # one request's policy may not take the others down
-                    logger.exception("policy %s failed", canvases[n].policy.name)
-                    errors[n] = f"policy {canvases[n].policy.name!r} failed: {error}"
-            replies = {}
-            for n, given in answer(current, asks).items():
-                account = canvases[n].account
-                account.forwards += given.forwards
-                account.backwards += given.backwards
-                account.rows_forward += given.rows_forward
-                account.rows_backward += given.rows_backward
-                replies[n] = given.value
-        return commits
+        n: int,
+        statistics: RowStatistics,
+        errors: Errors,
+    ) -> None:
+        """Write what one request's policy decided."""
+        masked = view.masked_now
+        rows, own = reading(canvas, current, n, statistics)
+        try:
+            likelihood = functools.partial(_likelihood, current.log_probs)
+            canvas.apply(commit, view, rows, own, likelihood)
+        except ValueError as error:
+            errors[n] = str(error)
+        except Exception as error:
+            errors.blame(n, canvas, error)
+        else:
+            self.tally.step(canvas, view, masked)
 
     def _result(self, canvas: Canvas, error: str | None = None) -> StepResult:
         tokens = [] if error else canvas.emit()
@@ -282,14 +269,8 @@ def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     )
 
 
-def _reading(
-    canvas: Canvas, current: DenoisingPass, sequence: int, statistics: RowStatistics
-) -> tuple[slice, RowStatistics]:
-    """Which rows of which statistics are a request's: of the step's own, or those carried over."""
-    if canvas.carried is not None:
-        return slice(0, len(canvas.carried.proposal)), canvas.carried
-    start = current.layout.logit_starts[sequence]
-    return slice(start, start + current.layout.logit_lens[sequence]), statistics
+def _costs(canvases: Sequence[Canvas]) -> dict[str, int]:
+    return {name: sum(getattr(canvas.account, name) for canvas in canvases) for name in COSTS}
 
 
 def _likelihood(log_probs: LogProbabilities, row: int, token: int) -> TokenLikelihood:

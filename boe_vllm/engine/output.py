@@ -19,5 +19,7 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """Accounting so far (steps, forwards, backwards, trace), by request id."""
     errors: dict[str, str] = field(default_factory=dict)
     """Why a request cannot go on, by request id."""
+    tally: dict[str, int] = field(default_factory=dict)
+    """What the worker has done since its last output; see `engine.tally`."""
     done: set[str] = field(default_factory=set)
     """Requests whose canvas needs no further step."""

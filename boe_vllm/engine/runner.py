@@ -14,6 +14,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
 from boe_vllm.config import EngineSettings
@@ -142,7 +143,9 @@ class DiffusionModelRunner:
         for request in scheduler_output.scheduled_new_reqs:
             try:
                 self._add(request)
-            except ValueError as error:
+            except Exception as error:  # of this request alone
+                if not isinstance(error, ValueError):
+                    logger.exception("Request %s could not begin", request.req_id)
                 errors[request.req_id] = str(error)
         req_ids = list(scheduler_output.num_scheduled_tokens)
         if not req_ids:
@@ -150,7 +153,19 @@ class DiffusionModelRunner:
         known = [req_id for req_id in req_ids if req_id in self.loop.canvases]
         for req_id in set(req_ids).difference(known, errors):
             errors[req_id] = "the model runner has no canvas for it"
-        return to_output(req_ids, self.loop.step(known), errors)
+        output = to_output(req_ids, self._texts(self.loop.step(known)), errors)
+        output.tally = self.loop.read_tally()
+        return output
+
+    def _texts(self, results: dict[str, StepResult]) -> dict[str, StepResult]:
+        """Add the text of what was written into prompts, where there is a tokenizer."""
+        for result in results.values():
+            runs = (result.report or {}).get("infill", ())
+            tokenizer = cached_tokenizer_from_config(self.model_config) if runs else None
+            if tokenizer is not None:
+                for run in runs:
+                    run["text"] = tokenizer.decode(run["tokens"])
+        return results
 
     def _add(self, request: NewRequestData) -> None:
         if request.req_id in self.loop.canvases:

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -37,6 +38,7 @@ class DiffusionScheduler(Scheduler):
         self.use_v2_model_runner = False
         self._rows: dict[str, int] = {}
         self._reports: dict[str, dict[str, Any]] = {}
+        self._tally: dict[str, int] = {}
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -59,6 +61,7 @@ class DiffusionScheduler(Scheduler):
         ours = model_runner_output
         if not isinstance(ours, DiffusionModelRunnerOutput):  # nothing was scheduled
             return super().update_from_output(scheduler_output, model_runner_output)
+        self._tally = ours.tally
         for req_id, report in ours.reports.items():
             if req_id in self.requests:
                 self._reports[req_id] = report
@@ -71,6 +74,17 @@ class DiffusionScheduler(Scheduler):
             # Usually vLLM has stopped it already, at its end-of-text token or at max_tokens.
             self._finish(outputs, req_id, RequestStatus.FINISHED_STOPPED)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, and the worker's tally on its way to `metrics`.
+
+        Of their fields this one holds numbers by name, and nobody reads it where there is no LoRA.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.running_lora_adapters = self._tally
+            self._tally = {}
+        return stats
 
     def _count_rows(self, request: Request) -> int:
         """Rows that one denoising step of the request computes."""
