@@ -12,7 +12,7 @@ import pytest
 from test_benchmarks import RECORDS, write
 
 import boe_vllm
-from boe_vllm.eval import arguments, main, tables
+from boe_vllm.eval import arguments, main, report, run, tables
 from boe_vllm.eval.cells import item_seed, make_cells, make_jobs
 from boe_vllm.eval.costs import busy_seconds, engine_seconds
 from boe_vllm.eval.ledger import Ledger
@@ -347,6 +347,46 @@ def test_mauve_tells_the_same_from_other_text(scorer_path):
     assert same["mauve"] > 0.8 > 0.2 > other["mauve"]
     assert same["n"] == 60 and same["perplexity"] > 1
     assert 1.0 < same["entropy"] <= math.log(4)
+
+
+@pytest.mark.slow
+def test_a_report_compares_texts_with_the_references(scorer_path, tmp_path):
+    """Table 4 from records that need no engine: the references themselves, and noise."""
+    pytest.importorskip("mauve", reason="needs mauve-text: pip install 'boe-vllm[text]'")
+    made = settings("--table", "4", "--policies", "confidence,random", "--scorer", scorer_path)
+    task = TASKS["sudoku6-few"]
+    tasks, items = {task.name: task}, {task.name: task.items(50, seed=1)}
+    cells = make_cells(made, tasks)
+    ledger = Ledger(tmp_path / "run", {})
+    for number, cell in enumerate(cells):
+        for index, item in enumerate(items[task.name]):
+            text = item.answer if number == 0 else "7" * 36
+            score = task.score(item, text)
+            ledger.append(
+                ran(cell.key, index, index + 1)
+                | record(cell.key, index, text=text, token_ids=[*text.encode(), 257], tokens=37)
+                | {"valid": score.valid, "exact": score.exact, "cell_accuracy": None}
+                | {"denoising_steps": 1, "forwards": 1, "backwards": 0}
+            )
+    text = report.write(made, tasks, items, cells, ledger, "the command")
+    ledger.close()
+    same, noise = csv.DictReader((tmp_path / "run" / "quality.csv").open())
+    assert same["policy"] == "confidence" and float(same["mauve"]) > 0.99
+    assert float(noise["mauve"]) < 0.2 and float(noise["entropy"]) == 0
+    assert float(same["entropy"]) == pytest.approx(math.log(6), abs=0.05)
+    assert "# Table 4" in text and "    the command" in text
+    assert (tmp_path / "run" / "tables.md").read_text() == text
+
+
+def test_cells_one_by_one_are_batches_of_their_own():
+    made = settings("--table", "5", "--tasks", "sudoku4")
+    cells = make_cells(made, {"sudoku4": TASKS["sudoku4"]})
+    jobs = list(make_jobs(cells, {"sudoku4": TASKS["sudoku4"].items(2)}, 0, {(cells[0].key, 1)}))
+    batches = run.batches(made, cells, jobs)
+    assert [len({job.cell.key for job in batch}) for batch in batches] == [1] * len(cells)
+    assert [job for batch in batches for job in batch] == jobs
+    together = settings("--tasks", "sudoku4")
+    assert run.batches(together, cells, jobs) == [jobs]
 
 
 def test_a_missing_scorer_is_named():

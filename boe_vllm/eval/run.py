@@ -90,7 +90,7 @@ def _decode(
         bar.update()
 
     try:
-        for batch in _batches(settings, cells, jobs):
+        for batch in batches(settings, cells, jobs):
             for answer in engine.run(batch, prompts):
                 for judged in scorer.submit(answer):
                     note(*judged)
@@ -101,7 +101,7 @@ def _decode(
         bar.close()
 
 
-def _batches(settings: Settings, cells: list[Cell], jobs: list[Job]) -> list[list[Job]]:
+def batches(settings: Settings, cells: list[Cell], jobs: list[Job]) -> list[list[Job]]:
     """What is in flight together: everything, or cell by cell."""
     if not settings.one_by_one:
         return [jobs]
