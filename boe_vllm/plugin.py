@@ -4,7 +4,7 @@ vLLM calls `register` in every process (API server, engine core, workers), so it
 to repeat. With `hooks`, it is all that touches vLLM's globals.
 """
 
-from boe_vllm import hooks
+from boe_vllm import hooks, versions
 
 
 def register() -> None:
@@ -13,7 +13,7 @@ def register() -> None:
     Raises:
         RuntimeError: for a vLLM that this plugin was not made for.
     """
-    hooks.check_version()
+    versions.check()
 
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

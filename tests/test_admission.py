@@ -40,21 +40,15 @@ def admitted(config, prompt=PROMPT, **fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"logit_bias": {3: 1.0}},
-        {"bad_words": ["no"]},
-        {"allowed_token_ids": [1, 2]},
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.5},
-        {"min_tokens": 2},
         {"prompt_logprobs": 1},
         {"logprob_token_ids": [1]},
         {"prompt_logprob_token_ids": np.zeros((9, 1), np.int64)},
         {"structured_outputs": StructuredOutputsParams(choice=["a"])},
         {"trace_decode_token_ids": [1]},
-        {"top_p": 0.9},
-        {"top_k": 5},
-        {"min_p": 0.1},
+        {"thinking_token_budget": 5},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -63,6 +57,72 @@ def test_a_field_without_meaning_here_is_refused_by_name(config, fields):
     with pytest.raises(VLLMValidationError, match=f"{name} is not supported .* remove it") as error:
         admitted(config, **fields)
     assert error.value.parameter == name
+
+
+BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "prompt, fields, extra, message",
+    [
+        (PROMPT, BANNED_EOS, {}, "allowed_token_ids: expected at least one token"),
+        (PROMPT, {"allowed_token_ids": [49]}, {}, "allowed_token_ids: expected at least one"),
+        (PROMPT, {"logit_bias": {3: float("nan")}}, {}, "logit_bias: .*finite"),
+        (PROMPT, {}, {"choices": [[3, 50]]}, "choices: expected token ids below 50, got 50"),
+        (PROMPT, {}, {"choices": ["text"]}, "choices: expected token ids where .* no tokenizer"),
+        (PROMPT, {}, {"choices": [[3, 49]]}, "choices: expected no masks"),
+        ([2, 49], {}, {"choices": [[3]]}, "choices: expected no masks"),
+        (PROMPT, {"min_tokens": 1}, {"choices": [[3]]}, "min_tokens is not supported by choices"),
+        (PROMPT, {"logprobs": 1}, {"choices": [[3]]}, "logprobs is not supported by choices"),
+        (PROMPT, {}, {"choices": [[3], [3]]}, "choices: expected answers that differ"),
+        (PROMPT, {}, {"canvas_template": [[3]]}, "canvas_template: expected a number of masks"),
+        (PROMPT, {}, {"canvas_template": [60]}, "canvas_template: .*at most 54"),
+    ],
+    ids=str,
+)
+def test_demands_that_cannot_be_met_are_refused(config, prompt, fields, extra, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        admitted(config, prompt, extra_args=extra, **fields)
+
+
+def test_content_decides_the_canvas(config):
+    plan, params = admitted(config, extra_args={"canvas_template": [[3], 4]}, max_tokens=1)
+    assert (plan.gen_length, params.max_tokens) == (5, 5)
+    plan, params = admitted(config, extra_args={"choices": [[3, 4], [5]]}, max_tokens=1)
+    assert (plan.gen_length, params.max_tokens) == (3, 3)
+
+
+def test_nothing_ends_before_a_templates_last_text(config):
+    _, params = admitted(config, extra_args={"canvas_template": [2, [3], 4]}, min_tokens=1)
+    from boe_vllm.engine.token_fields import demands_of
+
+    demands = demands_of(admission.plan_request(10, params, config)[0], params, 49)
+    assert (demands.min_tokens, demands.stop_tokens) == (3, (1,))
+
+
+@pytest.mark.parametrize(
+    "limits, extra, message",
+    [
+        ({"max_gen_length": 8}, {"gen_length": 16}, "gen_length: expected at most 8 tokens"),
+        ({"max_steps": 20}, {"gen_length": 32}, "steps: expected at most 20 .*got 32"),
+        ({}, {"gen_length": 32, "steps": 10**9}, "steps: expected at most 16384"),
+        (
+            {"max_lookahead_rows": 100},
+            {"policy": "info-gain", "candidates": 50},
+            "policy: expected at most 100 rows",
+        ),
+        ({}, {"policy": "lookum", "paths": 10**9}, "policy: expected at most 65536 rows"),
+        ({}, {"policy": "klass", "history": 10**9}, "history: .*1024"),
+        ({"max_trace_length": 8}, {"trace": True, "gen_length": 16}, "trace: expected at most 8"),
+    ],
+    ids=str,
+)
+def test_a_request_beyond_the_servers_limits_is_refused(config, limits, extra, message):
+    changed = copy.copy(config)
+    changed.additional_config = config.additional_config | limits
+    with pytest.raises(VLLMValidationError, match=message):
+        admitted(changed, extra_args=extra)
+    assert admitted(changed, extra_args={"gen_length": 8, "block_length": 8})
 
 
 def test_neutral_values_are_admitted(config):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from boe_vllm.config import EngineSettings, SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.limits import EngineSettings
 
 BAD = [
     ({"policy": "nope"}, r"policy: expected one of \[.*\], got 'nope'; choose"),

@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 import boe_vllm
-from boe_vllm import cli, hooks, plugin
+from boe_vllm import cli, hooks, plugin, versions
 from boe_vllm.models.config import LLaDAConfig
 
 LLADA_8B = Path(__file__).parent / "llada_8b"
@@ -46,13 +46,12 @@ def test_vllm_finds_the_entry_point():
 
 def test_importing_the_package_is_cheap():
     code = (
-        "import sys, time; start = time.perf_counter(); import boe_vllm;"
-        "seconds = time.perf_counter() - start;"
-        "print(seconds, 'torch' in sys.modules, 'vllm' in sys.modules)"
+        "import sys; import boe_vllm;"
+        "print(*{name.partition('.')[0] for name in sys.modules} & "
+        "{'torch', 'vllm', 'transformers', 'pydantic', 'numpy', 'prometheus_client'})"
     )
-    seconds, torch, vllm = run_python(code).stdout.split()
-    assert (torch, vllm) == ("False", "False")
-    assert float(seconds) < 0.3
+    run = run_python(code)
+    assert run.returncode == 0 and run.stdout.split() == []
 
 
 def test_the_bundled_model_is_where_the_package_says():
@@ -78,21 +77,21 @@ def test_registering_twice_changes_nothing():
     assert "LLaDAModelLM" in MODELS_CONFIG_MAP
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "dev"])
 def test_another_vllm_is_refused_by_version(monkeypatch, version):
-    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
+    monkeypatch.setattr(versions, "installed", lambda: version)
     with pytest.raises(
-        RuntimeError, match=f"got vLLM {version}; install .* {hooks.ALLOW_UNTESTED}"
+        RuntimeError, match=f"got vLLM {version}; install .* {versions.ALLOW_UNTESTED}"
     ):
         plugin.register()
-    monkeypatch.setenv(hooks.ALLOW_UNTESTED, "1")
+    monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
     plugin.register()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
 def test_a_supported_vllm_is_accepted(monkeypatch, version):
-    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
-    hooks.check_version()
+    monkeypatch.setattr(versions, "installed", lambda: version)
+    versions.check()
 
 
 def test_a_callable_that_is_not_as_expected_is_not_wrapped():
@@ -299,7 +298,7 @@ def test_defaults_of_the_generation_config_that_we_would_refuse_are_ignored(tmp_
     config = engine_config(model=str(tmp_path), hf_config_path=str(tmp_path))
     assert config.model_config.get_diff_sampling_param() == {
         "temperature": 0.5,
-        "top_p": 1.0,
-        "top_k": 0,
+        "top_p": 0.9,
+        "top_k": 20,
         "repetition_penalty": 1.0,
     }

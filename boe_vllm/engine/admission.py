@@ -17,7 +17,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from boe_vllm.config import CanvasPlan, SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.engine.canvas import policy_of
 from boe_vllm.engine.token_fields import NEUTRAL, check_neutral, check_tokens, resolve
+from boe_vllm.limits import EngineSettings
+from boe_vllm.rules import Rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,6 +104,11 @@ def check(
     try:
         config, plan = plan_request(len(prompt_token_ids), sampling_params, vllm_config)
         check_tokens(config, prompt_token_ids, sampling_params, vllm_config)
+        policy = policy_of(config, vllm_config.model_config.hf_config.eos_token_id, Rule())
+        settings = EngineSettings.read(vllm_config.additional_config)
+        mask = vllm_config.model_config.hf_config.mask_token_id
+        infill = list(prompt_token_ids).count(mask)
+        settings.check(config, plan, policy, prompt_len=len(prompt_token_ids), infill=infill)
     except VLLMValidationError:
         raise
     except ValueError as error:
@@ -126,6 +134,10 @@ def admit(
         VLLMValidationError: as `check`.
     """
     resolve(sampling_params, vllm_config)
+    if sampling_params.eos_token_id is None:
+        # vLLM takes it from the tokenizer, which may have none or not be loaded.
+        eos_token_id = vllm_config.model_config.hf_config.eos_token_id
+        sampling_params.update_from_generation_config({}, eos_token_id)
     plan = check(prompt_token_ids, sampling_params, vllm_config)
     own = sampling_params.extra_args or {}
     if any(own.get(name) is not None for name in ("gen_length", "canvas_template", "choices")):
@@ -134,10 +146,6 @@ def admit(
         sampling_params.max_tokens = min(sampling_params.max_tokens, plan.gen_length)
     if sampling_params.seed is None:
         sampling_params.seed = _seeds.getrandbits(31)
-    if sampling_params.eos_token_id is None:
-        # vLLM takes it from the tokenizer, which may have none or not be loaded.
-        eos_token_id = vllm_config.model_config.hf_config.eos_token_id
-        sampling_params.update_from_generation_config({}, eos_token_id)
     return plan
 
 

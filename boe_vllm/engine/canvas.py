@@ -19,6 +19,7 @@ import numpy as np
 
 from boe_vllm import randomness
 from boe_vllm.arrays import IntArray
+from boe_vllm.config import SamplerConfig
 from boe_vllm.engine.blocks import Blocks
 from boe_vllm.engine.cache import CachePlan, KeyValuePool, RequestCache
 from boe_vllm.engine.demands import Rulebook
@@ -72,12 +73,7 @@ class Canvas(Blocks):
         self.params = params
         self.config, self.plan = params.config, params.plan
         content = self.config.content
-        answers = content.answers()
-        self.policy: Policy
-        if answers is None:
-            self.policy = load_policy(self.config.policy)(self.config.settings)
-        else:
-            self.policy = ChoicesPolicy(answers, eos_token_id)
+        self.policy = policy_of(self.config, eos_token_id, params.demands.rule)
         self.vocab_size = vocab_size
         self.late_tokens = np.array(sorted(late_tokens))
         self.prompt_len = len(prompt)
@@ -285,3 +281,11 @@ class Canvas(Blocks):
             for run in runs
             if not self.masked[run].any()
         ]
+
+
+def policy_of(config: SamplerConfig, eos_token_id: int, rule: Rule) -> Policy:
+    """What decodes a request; the rule's filters are those of a draw among given answers."""
+    answers = config.content.answers()
+    if answers is not None:
+        return ChoicesPolicy(answers, eos_token_id, rule)
+    return load_policy(config.policy)(config.settings)

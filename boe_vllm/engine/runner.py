@@ -17,12 +17,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
-from boe_vllm.config import EngineSettings
 from boe_vllm.engine.admission import plan_request, server_config
 from boe_vllm.engine.canvas import RequestParams, TokenLogprobs
 from boe_vllm.engine.loop import DenoisingLoop, StepResult
 from boe_vllm.engine.output import DiffusionModelRunnerOutput
 from boe_vllm.engine.token_fields import demands_of
+from boe_vllm.limits import EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

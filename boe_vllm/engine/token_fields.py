@@ -38,9 +38,6 @@ NEUTRAL_FOR_CHOICES: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
 }
 _INSTEAD = {
     "structured_outputs": "; no grammar can follow tokens that are written in any order: send "
@@ -69,16 +66,12 @@ def check_neutral(
 
 
 def resolve(sampling_params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """Make token ids of the content's texts, in place; vLLM's own `choice` becomes `choices`.
+    """Make token ids of the content's texts, in place.
 
     Raises:
         VLLMValidationError: for content that is invalid.
     """
     fields = {key: plain(value) for key, value in (sampling_params.extra_args or {}).items()}
-    structured = sampling_params.structured_outputs
-    if structured is not None and structured.choice is not None and "choices" not in fields:
-        fields["choices"] = list(structured.choice)
-        sampling_params.structured_outputs = None
     try:
         content, others = split_content(fields)
         if content.given():
@@ -121,6 +114,10 @@ def check_tokens(
             raise ValueError(
                 "choices: expected no masks in the prompt and the answers, got some; remove them"
             )
+    if not np.isfinite(list((sampling_params.logit_bias or {}).values())).all():
+        raise ValueError(
+            f"logit_bias: expected finite numbers, got {sampling_params.logit_bias}; correct them"
+        )
     if not demands_of(config, sampling_params, mask).candidates(vocab_size, mask):
         raise ValueError(
             "allowed_token_ids: expected at least one token that bad_words and min_tokens leave "

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from boe_vllm.config import EngineSettings
 from boe_vllm.engine import admission
 from boe_vllm.engine.admission import parse_server_config
 from boe_vllm.engine.token_fields import NEUTRAL
+from boe_vllm.limits import EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

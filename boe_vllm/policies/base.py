@@ -165,6 +165,16 @@ class Policy:
         """
         return max(masks, steps)
 
+    def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
+        """Most rows that the asks of one step compute, for the server's limit on them.
+
+        Args:
+            masks: masked positions of the block.
+            quota: tokens due in a step.
+            length: rows of the whole request.
+        """
+        return 0
+
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Decide one denoising step; a generator that may yield asks and returns a `Commit`."""
         raise NotImplementedError

@@ -51,6 +51,17 @@ class BoEPolicy(Policy):
             return Needs(rows="all")
         return Needs(rows="masked" if steers or settings.selection != "top" else "none")
 
+    def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
+        """A surrogate's forward, and the states that a set's interaction is measured on."""
+        settings = self.settings
+        pool = min(masks, math.ceil(settings.pool * quota))
+        rows = 2 * length if settings.gain > 0 else 0
+        if settings.selection == "conditional":
+            return rows + quota * pool
+        if settings.selection == "pairwise" and settings.coupling != "attention":
+            return rows + pool * (masks if settings.coupling == "exact" else pool)
+        return rows
+
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """The choice, with the remasking or the commit bound that the settings put on top."""
         ranks = self.settings.selection == "top"

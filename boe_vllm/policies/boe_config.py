@@ -56,6 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+MOST = 1e6
+"""Largest weight: no product of a few of them overflows."""
+
 
 @options
 class BoEConfig(CompositionConfig):
@@ -81,31 +84,31 @@ class BoEConfig(CompositionConfig):
     second forward (an approximation) or are computed again."""
     gate: Literal["entropy", "confidence", "none"] = "entropy"
     """Factor on the score: eq. 15, the confidence itself, or 1."""
-    gate_power: Annotated[float, Field(ge=0)] = 1.0
+    gate_power: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Exponent of the gate."""
-    floor_weight: Annotated[float, Field(ge=0)] = 0.0
+    floor_weight: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     """Lambda of the entropy floor (eq. 19)."""
-    floor_max: Annotated[float, Field(ge=0)] = 0.0
+    floor_max: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     """h_max of the entropy floor, nats (eq. 18): high at the start, 0 at the end."""
-    sharpen: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sharpen: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Temperature of the soft write: pi^(1/sharpen), renormalised."""
     normalize: Literal["none", "minmax"] = "none"
     """Rescale the scores of the candidates to [0, 1] before the floor's penalty."""
 
-    risk: Annotated[float, Field(ge=0)] = 0.0
+    risk: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     """Weight of ln p_i, the log-probability of the candidate's own token."""
-    gain: Annotated[float, Field(ge=0)] = 1.0
+    gain: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of the Token Importance Score; 0 runs no backward."""
     selection: Literal["top", "pairwise", "conditional"] = "top"
     """How the set is chosen: the best scores; greedily less the coupling with what is chosen; or
     greedily by the scores once the chosen ones are written (all other rows frozen)."""
-    interaction: Annotated[float, Field(ge=0)] = 1.0
+    interaction: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of the coupling ("pairwise")."""
     coupling: Estimator = "pairs"
     """Estimator of the coupling; see `steering.coupling`."""
     coupling_measure: Literal["kl", "pmi"] = "pmi"
     """What the coupling measures; see `steering.asks.Coupling`."""
-    pool: Annotated[float, Field(ge=1)] = 2.0
+    pool: Annotated[float, Field(ge=1, le=MOST)] = 2.0
     """Candidates as a multiple of the tokens due, for "pairwise" and "conditional"."""
     certain: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability from which a candidate joins the set without a round of its own

@@ -15,10 +15,11 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from boe_vllm import randomness
-from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.policies.local import scores_of_a_draw
+from boe_vllm.policies.base import SCORE_GRID, Commit, Needs, Policy, PolicyConfig, View, top
+from boe_vllm.rules import Rule
 from boe_vllm.steering.asks import Ask
 from boe_vllm.steering.likelihood import Likelihood
 
@@ -30,11 +31,20 @@ class ChoicesPolicy(Policy):
 
     name = "choices"
 
-    def __init__(self, answers: Sequence[Sequence[int]], eos_token_id: int) -> None:
-        """Of answers in tokens; what a canvas holds beyond its answer is end of text."""
+    def __init__(
+        self, answers: Sequence[Sequence[int]], eos_token_id: int, rule: Rule | None = None
+    ) -> None:
+        """Decode by given answers.
+
+        Args:
+            answers: in tokens.
+            eos_token_id: what a canvas holds beyond its answer.
+            rule: its filters restrict the draw, as they would one of tokens.
+        """
         super().__init__(PolicyConfig())
         self.answers = [tuple(answer) for answer in answers]
         self.eos_token_id = eos_token_id
+        self.rule = rule or Rule()
         self.beginnings = sorted(
             {answer[:k] for answer in self.answers for k in range(len(answer))}
         )
@@ -80,10 +90,13 @@ class ChoicesPolicy(Policy):
 
     def _choose(self, values: np.ndarray, view: View) -> int:
         if view.temperature > 0:
-            uniforms = randomness.uniforms(
-                view.seed, step=0, positions=np.arange(len(values)), stream=randomness.CHOOSE
+            on_grid = np.round(values / SCORE_GRID) * SCORE_GRID
+            p = torch.from_numpy(on_grid / view.temperature).softmax(-1)
+            p = self.rule.filter(p[None])[0].cumsum(-1).numpy()
+            (number,) = randomness.uniforms(
+                view.seed, step=0, positions=np.array([0]), stream=randomness.CHOOSE
             )
-            values = scores_of_a_draw(values, view.temperature, uniforms)
+            return int(np.searchsorted(p, number * p[-1], side="right"))
         return int(top(values, 1)[0])
 
     def _towards(self, goal: Beginning, view: View, last: bool = False) -> Commit:

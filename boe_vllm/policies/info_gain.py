@@ -62,6 +62,10 @@ class InfoGainPolicy(Policy):
         super().__init__(config)
         self.settings = config
 
+    def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
+        """A forward for each candidate."""
+        return self.settings.candidates * length
+
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Draw candidates, look ahead, write the best."""
         settings = self.settings

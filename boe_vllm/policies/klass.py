@@ -32,7 +32,7 @@ class KLASSConfig(PolicyConfig):
     """A ready position's confidence is above it."""
     kl_threshold: Annotated[float, Field(ge=0)] = 0.01
     """A ready position's last KLs are below it, nats."""
-    history: Annotated[int, Field(ge=1)] = 2
+    history: Annotated[int, Field(ge=1, le=1024)] = 2
     """How many KLs; no position is ready in the first `history - 1` steps of a block."""
 
 

@@ -37,7 +37,7 @@ class LookaheadConfig(PolicyConfig):
     write: Literal["soft", "proposal"] = "soft"
     """What a candidate's state holds: the soft embedding `E^T pi` (eq. 10), or the token that would
     be written (the argmax at temperature 0)."""
-    sharpen: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sharpen: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Temperature of the soft write: pi^(1/sharpen), renormalised."""
     score: Literal["drop", "remaining"] = "drop"
     """See the module. Default: the quantity that TIS estimates."""
@@ -59,6 +59,10 @@ class LookaheadPolicy(Policy):
     def needs(self) -> Needs:
         """The distributions behind soft writes."""
         return Needs(distributions=self.settings.write == "soft")
+
+    def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
+        """A forward for each candidate."""
+        return max(quota, math.ceil(self.settings.rho * masks)) * length
 
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Prefilter, look ahead once for each candidate, take the best."""

@@ -67,6 +67,10 @@ class LookUMPolicy(Policy):
         super().__init__(config)
         self.settings = config
 
+    def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
+        """A forward for each path."""
+        return self.settings.paths * length
+
     def step(self, view: View) -> Generator[Ask, Any, Commit]:
         """Draw sets from the pool, look ahead, resample one."""
         settings = self.settings
