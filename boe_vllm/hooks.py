@@ -232,14 +232,17 @@ def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     """A plain function around the async generator, so that a bad request fails when it is made:
-    the HTTP server can still answer 400, where inside the generator a stream would have begun."""
+    the HTTP server can still answer 400, where inside the generator a stream would have begun.
+    A request that fails later says why, where vLLM says "Internal server error"."""
 
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_ours(self.vllm_config):
-            from boe_vllm.engine.admission import check_early
+        if not _is_ours(self.vllm_config):
+            return original(self, prompt, sampling_params, *args, **kwargs)
+        from boe_vllm.engine.admission import check_early
+        from boe_vllm.engine.output import with_reasons
 
-            check_early(prompt, sampling_params, self.vllm_config)
-        return original(self, prompt, sampling_params, *args, **kwargs)
+        check_early(prompt, sampling_params, self.vllm_config)
+        return with_reasons(original(self, prompt, sampling_params, *args, **kwargs))
 
     return generate
 

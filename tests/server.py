@@ -16,6 +16,12 @@ from pathlib import Path
 import boe_vllm
 
 
+class Server(str):
+    """The base URL of a server, and its process."""
+
+    process: subprocess.Popen
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,7 +30,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(*args: str, model: str | None = None, timeout: float = 300.0):
-    """Yields the base URL once the server answers; stops it afterwards.
+    """Yields the base URL, a `Server`, once the server answers; stops it afterwards.
 
     Raises:
         RuntimeError: with the end of the server's log, if it exits or does not come up.
@@ -42,7 +48,9 @@ def serving(*args: str, model: str | None = None, timeout: float = 300.0):
         )
         try:
             _wait_until_up(process, port, Path(log.name), timeout)
-            yield f"http://127.0.0.1:{port}"
+            server = Server(f"http://127.0.0.1:{port}")
+            server.process = process
+            yield server
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from server import serving
 
 import boe_vllm
@@ -124,7 +126,19 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, name, stream):
         ({"prompt": [1, 2, 99999]}, "token|vocab"),
         ({"max_tokens": 0}, "max_tokens|at least 1"),
         ({"max_tokens": 4000}, "max_tokens|maximum"),
-        ({"logit_bias": {"5": 3}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
+        ({"echo": True, "logprobs": 1}, "prompt_logprobs"),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search"),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, "structured_outputs.*canvas_template"),
+        ({"structured_outputs": {"choice": ["1", "2"]}}, "structured_outputs.*choices"),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"logit_bias": {"99999": 3}}, "logit_bias"),
+        ({"allowed_token_ids": [51], "bad_words": ["3"]}, "allowed_token_ids"),
+        ({"vllm_xargs": {"choices": ["1", "2"], "policy": "boe"}}, "choices"),
+        ({"vllm_xargs": {"choices": ["1", "2"]}, "logprobs": 1}, "logprobs"),
+        ({"vllm_xargs": {"canvas_template": ["no mask"]}}, "canvas_template"),
+        ({"vllm_xargs": {"steps": 10**9}}, "steps"),
     ],
     ids=lambda v: str(v)[:24],
 )
@@ -132,9 +146,128 @@ def test_a_bad_request_is_a_400(url, body, message):
     full = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 8, "temperature": 0} | body
     answer = httpx.post(f"{url}/v1/completions", json=full, timeout=60)
     assert answer.status_code == 400, answer.text
-    import re
-
     assert re.search(message, answer.text)
+
+
+DIGITS = {str(d): 48 + d for d in range(10)}
+"""The bundled tokenizer's ids of digits: a token is a byte."""
+
+
+def test_openais_fields_hold_on_a_canvas(client):
+    """On a prompt whose answer is 3."""
+
+    def text(**settings):
+        extra = {
+            k: settings.pop(k)
+            for k in ("allowed_token_ids", "bad_words", "min_tokens")
+            if k in settings
+        }
+        choice = client.completions.create(
+            model=MODEL,
+            prompt="A:1+2=",
+            max_tokens=8,
+            **({"temperature": 0.0} | settings),
+            extra_body=extra,
+        ).choices[0]
+        return choice.text
+
+    greedy = text()
+    assert "3" in greedy and len(greedy) < 8
+    assert text(logit_bias={str(DIGITS["7"]): 100}) == "7" * 8
+    assert set(text(allowed_token_ids=[DIGITS["1"], DIGITS["9"]])) <= {"1", "9"}
+    assert "3" not in text(bad_words=["3"])
+    assert "2=" not in text(bad_words=["2="])
+    assert len(text(min_tokens=8)) == 8
+    assert text(stop=["="]) == greedy.partition("=")[0]
+    assert text(temperature=1.0, seed=5, top_p=1e-6) == greedy
+
+
+def test_echo_n_and_usage(client):
+    plain = ask(client, max_tokens=8)
+    echo = ask(client, max_tokens=8, echo=True)
+    assert echo.choices[0].text == "A:1+2=" + plain.choices[0].text
+    assert echo.usage == plain.usage
+    assert plain.usage.prompt_tokens == 6
+    three = ask(client, max_tokens=8, n=3, temperature=1.0, seed=1)
+    assert len(three.choices) == 3
+    whole = ask(client, max_tokens=8, logprobs=2).choices[0]
+    assert "".join(whole.logprobs.tokens[:-1]) == plain.choices[0].text  # the last one is EOS
+    assert max(whole.logprobs.token_logprobs) <= 0 and len(whole.logprobs.top_logprobs[0]) <= 3
+
+
+def test_masks_in_the_prompt_are_infilled(client):
+    answer = ask(client, "A:1+<|mdm_mask|>=3", max_tokens=8)
+    (run,) = answer.kv_transfer_params["boe"]["infill"]
+    assert run["position"] == 4 and len(run["tokens"]) == len(run["text"]) == 1
+
+
+def test_a_template_holds(client):
+    fields = {"canvas_template": ["x=", 2, ";y=", 3, "."]}
+    for policy in ("boe", "confidence"):
+        text = ask(client, fields=fields | {"policy": policy}, max_tokens=1).choices[0].text
+        assert text[:2] == "x=" and text[4:7] == ";y=" and text[10:] == "."
+
+
+def test_one_of_the_answers_is_chosen(client):
+    answer = ask(client, "A:1+2=1+2=", fields={"choices": ["7", "3", "12"]})
+    chosen = answer.kv_transfer_params["boe"]["choices"]
+    assert answer.choices[0].text == ["7", "3", "12"][chosen["index"]]
+    assert chosen["index"] == max(range(3), key=chosen["logprobs"].__getitem__)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def scrape(url):
+    """Samples by name and labels, without those that say when a series began."""
+    samples = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")}
+            samples[sample.name, *sorted(labels.items())] = sample.value
+    return samples
+
+
+def test_metrics_add_up_to_the_reports(url, client):
+    before = scrape(url)
+    answers = [
+        ask(client, max_tokens=16, fields={"policy": policy, "tokens_per_step": 2})
+        for policy in ("boe", "confidence", "confidence")
+    ]
+    ask(client, max_tokens=1)  # the engine's last step is known once it has made another one
+    ask(client, max_tokens=1)
+    after = scrape(url)
+
+    def grown(name, **labels):
+        key = (name, *sorted(labels.items()))
+        return after.get(key, 0) - before.get(key, 0)
+
+    reports = [answer.kv_transfer_params["boe"] for answer in answers]
+    for name in ("forwards", "backwards", "rows_forward", "rows_backward"):
+        assert grown(f"boe:{name}_total") >= sum(report[name] for report in reports) > 0
+    steps = sum(report["denoising_steps"] for report in reports[1:])
+    assert grown("boe:denoising_steps_total", policy="confidence") == steps
+    assert grown("boe:committed_tokens_total") >= 16
+    assert grown("boe:tokens_per_step_count") >= steps
+    assert grown("boe:remaining_entropy_nats_count") > 0
+    for part in ("forward", "surrogate", "backward", "policy"):
+        assert grown("boe:seconds_total", part=part) > 0
+    assert after["boe:cache_rows",] > 0 and after["boe:cache_rows_used",] == 0
+    assert after["boe:active_requests", ("policy", "confidence")] == 0
+    usages = [answer.usage for answer in answers]
+    tokens = sum(usage.completion_tokens for usage in usages)
+    assert tokens <= grown("vllm:generation_tokens_total") <= tokens + 2
+    assert grown("vllm:prompt_tokens_total") == sum(u.prompt_tokens for u in usages) + 12
+    assert grown("vllm:time_to_first_token_seconds_count") == 5
+    assert grown("vllm:request_queue_time_seconds_count") == 5
+
+
+def test_the_dashboard_shows_series_that_exist(url):
+    names = {key[0] for key in scrape(url)}
+    dashboard = json.loads((EXAMPLES / "grafana.json").read_text())
+    shown = re.findall(r"(?:boe|vllm):\w+", json.dumps(dashboard))
+    assert shown and set(shown) <= names
 
 
 def test_a_client_that_leaves_frees_its_rows(url, client):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.exceptions import GenerationError
+from vllm.outputs import RequestOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 
@@ -23,3 +27,19 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """What the worker has done since its last output; see `engine.tally`."""
     done: set[str] = field(default_factory=set)
     """Requests whose canvas needs no further step."""
+
+
+async def with_reasons(
+    outputs: AsyncGenerator[RequestOutput, None],
+) -> AsyncGenerator[RequestOutput, None]:
+    """A request's outputs; where it failed, the error says why.
+
+    Raises:
+        GenerationError: which the HTTP server answers with status 500 and the text.
+    """
+    async with contextlib.aclosing(outputs):  # a client that leaves ends the request at once
+        async for output in outputs:
+            for completion in output.outputs:
+                if completion.finish_reason == "error":
+                    raise GenerationError(str(completion.stop_reason or "the request failed"))
+            yield output
