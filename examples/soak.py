@@ -1,0 +1,279 @@
+"""Load a running server with everything at once, and check what every client gets.
+
+    vllm serve MODEL --sampler boe
+    python examples/soak.py --base-url http://localhost:8000/v1 --seconds 600 --clients 16
+
+Clients ask again and again, with prompts of every length, all policies, temperatures, streaming
+and not; some leave in the middle, some send bad requests. Before the load, each kind of request is
+asked alone; under load its tokens have to be the same. The last line is JSON; the exit status is 1
+if anything was lost, doubled, different, or answered with a status that it should not have.
+
+Fairness: all running requests make their steps together, so a short request waits for at most one
+step of what runs, and for the queue. Its latency is bounded by `--patience` times that of the same
+request alone, times the number of clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import aiohttp
+
+POLICIES = ("boe", "confidence", "entropy", "margin", "random", "eb", "threshold", "remdm", "p2")
+BAD = (
+    {"vllm_xargs": {"policy": "nope"}},
+    {"vllm_xargs": {"rho": 7}},
+    {"vllm_xargs": {"steps": 7, "gen_length": 32, "block_length": 5}},
+    {"max_tokens": 100_000},
+    {"presence_penalty": 1.0},
+    {"prompt": ""},
+    {"structured_outputs": {"regex": "a+"}},
+)
+SHORT = {"prompt": "A:1+2=", "max_tokens": 4, "temperature": 0, "vllm_xargs": {"policy": "random"}}
+
+
+def kinds(limit: int, number: int, seed: int) -> list[dict[str, Any]]:
+    """Requests of all sorts whose prompt and canvas fit into `limit` tokens of a byte each."""
+    draw = random.Random(seed)
+    found = []
+    for n in range(number):
+        canvas = draw.choice([4, 8, 16, 32, 64, min(128, limit // 2)])
+        length = draw.choice([1, 2, 8, 32, 128, limit - canvas - 8])
+        length = max(1, min(length, limit - canvas - 8))
+        prompt = "".join(draw.choice("0123456789+-=:;A") for _ in range(length))
+        found.append(
+            {
+                "prompt": prompt,
+                "max_tokens": canvas,
+                "temperature": draw.choice([0, 0, 0.7, 1.0]),
+                "seed": n,
+                "ignore_eos": draw.random() < 0.5,
+                "vllm_xargs": {
+                    "policy": POLICIES[n % len(POLICIES)],
+                    "tokens_per_step": draw.choice([1, 2, 4]),
+                    "block_length": min(canvas, draw.choice([4, 16, 32])),
+                },
+            }
+        )
+    return found
+
+
+class Soak:
+    """One run: what was asked, what came back, and what was wrong with it."""
+
+    def __init__(self, args: argparse.Namespace, session: aiohttp.ClientSession, model: str):
+        self.args, self.session, self.model = args, session, model
+        self.alone: list[str] = []
+        self.kinds = kinds(args.limit, args.kinds, args.seed)
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.latencies: list[float] = []
+        self.memory: list[tuple[float, int]] = []
+
+    async def ask(self, body: dict[str, Any]) -> tuple[int, str]:
+        """Status and text."""
+        body = {"model": self.model} | body
+        async with self.session.post("completions", json=body) as answer:
+            data = await answer.json()
+            if answer.status != 200:
+                return answer.status, str(data)
+            (choice,) = data["choices"]
+            return 200, choice["text"]
+
+    async def stream(self, body: dict[str, Any], leave_after: int | None) -> tuple[int, str | None]:
+        """Status and text of a stream; None for the text if the client left before its end."""
+        body = {"model": self.model, "stream": True} | body
+        text, ends = "", 0
+        async with self.session.post("completions", json=body) as answer:
+            if answer.status != 200:
+                return answer.status, await answer.text()
+            pieces = 0
+            async for raw in answer.content:
+                line = raw.decode().strip()
+                if not line.startswith("data:"):
+                    continue
+                if line == "data: [DONE]":
+                    ends += 1
+                    continue
+                chunk = json.loads(line[5:])
+                if "error" in chunk:
+                    return 500, str(chunk)
+                text += "".join(choice["text"] for choice in chunk["choices"])
+                pieces += 1
+                if leave_after is not None and pieces > leave_after:
+                    return 200, None
+        if ends != 1:
+            self.wrong.append(f"a stream ended {ends} times")
+        return 200, text
+
+    async def client(self, number: int, until: float) -> None:
+        """Ask until the time is over."""
+        draw = random.Random(1000 * self.args.seed + number)
+        while time.monotonic() < until:
+            roll = draw.random()
+            if roll < 0.1:
+                await self.bad(draw)
+            elif roll < 0.2:
+                await self.short()
+            else:
+                await self.one(draw)
+
+    async def bad(self, draw: random.Random) -> None:
+        body = SHORT | draw.choice(BAD)
+        status, text = (
+            await self.ask(body) if draw.random() < 0.5 else await self.stream(body, None)
+        )
+        self.counts["refused"] += 1
+        if status != 400:
+            self.wrong.append(f"expected 400 for {body}, got {status}: {text}")
+
+    async def short(self) -> None:
+        begin = time.monotonic()
+        status, _ = await self.ask(SHORT)
+        self.latencies.append(time.monotonic() - begin)
+        self.counts["short"] += 1
+        if status != 200:
+            self.wrong.append(f"a short request got {status}")
+
+    async def one(self, draw: random.Random) -> None:
+        n = draw.randrange(len(self.kinds))
+        text: str | None
+        if draw.random() < 0.3:  # leaves, while waiting or in the middle of the stream
+            self.counts["left"] += 1
+            if draw.random() < 0.5:
+                task = asyncio.ensure_future(self.ask(self.kinds[n]))
+                await asyncio.wait([task], timeout=draw.random())
+                if not task.done():
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                    return
+                status, text = task.result()
+            else:
+                status, text = await self.stream(self.kinds[n], draw.randrange(3))
+        elif draw.random() < 0.5:
+            status, text = await self.stream(self.kinds[n], None)
+        else:
+            status, text = await self.ask(self.kinds[n])
+        self.counts["answered"] += 1
+        if status != 200 or text not in (None, self.alone[n]):
+            self.wrong.append(f"kind {n}: status {status}, {text!r}, alone {self.alone[n]!r}")
+
+    async def watch(self, until: float) -> None:
+        """Note the server's memory every few seconds."""
+        while time.monotonic() < until:
+            self.memory.append((time.monotonic(), resident(self.args.pid)))
+            await asyncio.sleep(2)
+
+    async def run(self) -> dict[str, Any]:
+        """The whole soak; see the module."""
+        for body in self.kinds:
+            status, text = await self.ask(body)
+            assert status == 200, text
+            self.alone.append(text)
+        quiet = []
+        for _ in range(5):
+            begin = time.monotonic()
+            await self.ask(SHORT)
+            quiet.append(time.monotonic() - begin)
+        begin = time.monotonic()
+        until = begin + self.args.seconds
+        await asyncio.gather(
+            *(self.client(n, until) for n in range(self.args.clients)), self.watch(until)
+        )
+        running = await self.idle()
+        again = [
+            n for n, body in enumerate(self.kinds) if (await self.ask(body))[1] != self.alone[n]
+        ]
+        bound = self.args.patience * self.args.clients * statistics.median(quiet)
+        settled = [size for at, size in self.memory if at >= begin + self.args.seconds / 3]
+        growth = settled[-1] / settled[0] - 1 if settled and settled[0] else None
+        slowest = max(self.latencies, default=0.0)
+        failures = {
+            "wrong": len(self.wrong),
+            "different_afterwards": len(again),
+            "still_running": running,
+            "short_beyond_bound": sum(latency > bound for latency in self.latencies),
+            "memory_not_flat": int(growth is not None and growth > self.args.growth),
+        }
+        return {
+            "seconds": round(time.monotonic() - begin, 1),
+            "clients": self.args.clients,
+            **self.counts,
+            "short_latency_alone_s": round(statistics.median(quiet), 3),
+            "short_latency_median_s": round(statistics.median(self.latencies or [0]), 3),
+            "short_latency_max_s": round(slowest, 3),
+            "short_latency_bound_s": round(bound, 3),
+            "rss_mib": [size // 2**20 for _, size in self.memory[:: max(1, len(self.memory) // 8)]],
+            "rss_growth_after_warm_up": None if growth is None else round(growth, 4),
+            "failures": failures,
+            "ok": not any(failures.values()),
+            "examples": self.wrong[:3],
+        }
+
+    async def idle(self) -> int:
+        """Requests that still run some seconds after the last client has gone."""
+        running = -1
+        for _ in range(30):
+            await self.ask(SHORT)  # the server's numbers are those of its last step
+            root = self.args.base_url.removesuffix("/v1")
+            async with self.session.get(f"{root}/metrics") as answer:
+                lines = (await answer.text()).splitlines()
+            running = sum(
+                int(float(line.rsplit(" ", 1)[1]))
+                for line in lines
+                if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+            )
+            if running == 0:
+                break
+            await asyncio.sleep(0.5)
+        return running
+
+
+def resident(pid: int | None) -> int:
+    """Bytes that a process and its children hold; 0 if no process was named."""
+    if pid is None:
+        return 0
+    import psutil
+
+    total = 0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base-url", default="http://localhost:8000/v1")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--kinds", type=int, default=27, help="different requests")
+    parser.add_argument("--limit", type=int, default=512, help="the model's context, tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pid", type=int, help="the server's process, to watch its memory")
+    parser.add_argument("--patience", type=float, default=20)
+    parser.add_argument("--growth", type=float, default=0.02, help="of memory, after a third")
+    args = parser.parse_args()
+    timeout = aiohttp.ClientTimeout(total=300)
+    base = args.base_url.rstrip("/") + "/"
+    async with aiohttp.ClientSession(base_url=base, timeout=timeout) as session:
+        async with session.get("models") as answer:
+            model = (await answer.json())["data"][0]["id"]
+        result = await Soak(args, session, model).run()
+    print(json.dumps(result))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
