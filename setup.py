@@ -25,7 +25,14 @@ EXTRAS = {
     # Table 4; it brings scikit-learn and faiss.
     "text": ["mauve-text>=0.4", "transformers>=5.16"],
     "lm-eval": ["lm-eval[api]>=0.4.13"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "openai>=2.25"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "openai>=2.25",
+        "schemathesis>=4",
+    ],
 }
 
 setup(
