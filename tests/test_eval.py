@@ -19,6 +19,7 @@ from boe_vllm.eval.ledger import Ledger
 from boe_vllm.eval.presets import PRESETS
 from boe_vllm.eval.prompts import Prompts
 from boe_vllm.eval.quality import Scorer, measure, unigram_entropy
+from boe_vllm.eval.settings import checkpoint_digest
 from boe_vllm.eval.statistics import wilson
 from boe_vllm.eval.variants import parse
 from boe_vllm.tasks import TASKS, open_task
@@ -122,6 +123,7 @@ def bad(tmp_path, capsys, *argv):
         (["--tasks", "gsm8k", "--data", "/nowhere"], "got no file"),
         (["--table", "4"], "--scorer: expected the path"),
         ([], "--tasks: expected task names"),
+        (["--tasks", "sudoku4", "--model", "/nowhere"], "--model: expected a folder"),
         (
             ["--model", "x", "--tasks", "sudoku4", "--policies", "pc"],
             "frequencies: policy 'pc' expected",
@@ -165,6 +167,17 @@ def test_a_chat_template_is_used_and_its_lack_is_an_error(tmp_path):
         ValueError, match=r"--chat: expected a model with a chat template, got '.*'"
     ):
         Prompts(settings("--tasks", "humaneval", "--chat", "--model", str(copy)), {})
+
+
+def test_another_checkpoint_is_another_run(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("a")
+    before = checkpoint_digest(tmp_path)
+    (tmp_path / "README.md").write_text("a")
+    assert checkpoint_digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_text("b")
+    assert checkpoint_digest(tmp_path) != before
+    assert checkpoint_digest(tmp_path / "nothing") is None
 
 
 # ---- the ledger --------------------------------------------------------------------------------
@@ -284,7 +297,7 @@ def test_tables_say_what_the_records_say(tmp_path):
     assert json.loads(read_back[1]["settings"])["block_length"] == 16
     assert "| boe | 16 | 1 | 50.0 |" in tables.ablations(rows)
     assert "1.5 |" in tables.ablations(rows)
-    assert "| confidence | 75.0 ± " in tables.methods_by_task(rows)
+    assert "| confidence | 75.0 (30.1-95.4) |" in tables.methods_by_task(rows)
     assert "| sudoku4 | boe | 8 | 1 | 50.0 |" in tables.curves(rows)
     assert "| sudoku4 | confidence | 16 | 1 | 4 | 75.0 | 30.1 to 95.4 |" in tables.overview(rows)
 

@@ -79,6 +79,10 @@ def read(args: argparse.Namespace) -> Settings:
         raise ValueError(
             "--tasks: expected task names, got none; name some, or --table or --figure"
         )
+    if args.model[:1] in ("/", ".", "~") and not Path(args.model).expanduser().is_dir():
+        raise ValueError(
+            f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
+        )
     if table == "table 4" and args.scorer is None:
         raise ValueError(
             "--scorer: expected the path of a causal language model for --table 4, got none; "

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"boe-vllm eval: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("boe-vllm eval: stopped; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -13,6 +13,7 @@ import boe_vllm
 from boe_vllm.eval.variants import Variant
 
 TINY = "tiny"
+SMALL = 256 << 20  # bytes; larger files are told apart by their sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +54,25 @@ class Settings:
         own = dataclasses.asdict(self)
         for name in ("data", "frequencies"):
             del own[name]
-        config = Path(self.model_path) / "config.json"
-        own["model_config"] = digest(config) if config.is_file() else None
+        own["checkpoint"] = checkpoint_digest(Path(self.model_path))
         own["files"] = {name: digest(path) for name, path in sorted(task_files.items())}
         if self.frequencies is not None:
             own["files"]["frequencies"] = digest(self.frequencies)
         own["versions"] = versions()
         return json.loads(json.dumps(own, default=list))
+
+
+def checkpoint_digest(folder: Path) -> str | None:
+    """A digest of a local checkpoint: of names and sizes, and of the contents of small files."""
+    if not folder.is_dir():
+        return None
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors") and path.is_file():
+            whole.update(f"{path.name}:{path.stat().st_size}\n".encode())
+            if path.stat().st_size <= SMALL:
+                whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

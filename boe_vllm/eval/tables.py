@@ -134,11 +134,10 @@ def _methods_at(rows: Sequence[Row], rate: int) -> str:
         line: dict[str, Any] = {"method": label}
         for row in rows:
             if row["policy"] == label and row["tokens_per_step"] == rate:
-                half = (row["high"] - row["low"]) / 2 if row["score"] is not None else None
-                text = f"{percent(row['score'])} ± {percent(half)}"
+                text = f"{percent(row['score'])} ({percent(row['low'])}-{percent(row['high'])})"
                 line[f"{row['task']} {row['gen_length']}"] = text
         lines.append(line)
-    return f"{rate} tokens per step, score in % ± half the 95 % interval:\n\n{to_markdown(lines)}"
+    return f"{rate} tokens per step, score in % (95 % interval):\n\n{to_markdown(lines)}"
 
 
 def ablations(rows: Sequence[Row]) -> str:
