@@ -1,13 +1,15 @@
 """Unmasking policies: one file each, behind the contract in `base`.
 
 `policy name -> module` is the registry. A module defines one subclass of `Policy`; it is imported
-when the policy is first used.
+when the policy is first used. Installed packages may add policies of their own (entry points in the
+group `boe_vllm.policies`, name = module); see `docs/extending.md`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from importlib.metadata import entry_points
 
 from boe_vllm.policies.base import Policy, PolicyConfig
 
@@ -32,7 +34,10 @@ _MODULES = {
     "boe": "boe",
 }
 
-POLICY_NAMES: frozenset[str] = frozenset(_MODULES)
+GROUP = "boe_vllm.policies"
+_ADDED = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+
+POLICY_NAMES: frozenset[str] = frozenset({*_MODULES, *_ADDED})
 
 __all__ = ["POLICY_NAMES", "Policy", "PolicyConfig", "load_policy"]
 
@@ -42,11 +47,14 @@ def load_policy(name: str) -> type[Policy]:
     """The policy class of that name.
 
     Raises:
-        ValueError: `unknown policy`, with the names that exist.
+        ValueError: `unknown policy`, with the names that exist, or a module without such a policy.
     """
-    if name not in _MODULES:
-        raise ValueError(f"unknown policy {name!r}; expected one of {sorted(_MODULES)}")
-    module = importlib.import_module(f"boe_vllm.policies.{_MODULES[name]}")
+    if name in _MODULES:  # whose names no package can take
+        module = importlib.import_module(f"boe_vllm.policies.{_MODULES[name]}")
+    elif name in _ADDED:
+        module = importlib.import_module(_ADDED[name])
+    else:
+        raise ValueError(f"unknown policy {name!r}; expected one of {sorted(POLICY_NAMES)}")
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Policy) and value.name == name:
             return value
