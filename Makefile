@@ -10,7 +10,7 @@ STAMP := $(VENV)/.boe-vllm-installed
 TORCH ?= torch==2.13.0
 EXTRAS ?= cpu,eval,text,lm-eval,dev
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint wheel clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The built wheel in a clean environment: downloads everything, several minutes.
+wheel: setup
+	scripts/check_wheel.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

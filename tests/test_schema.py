@@ -1,0 +1,60 @@
+"""What the server's own OpenAPI schema allows never makes it fail.
+
+`BOE_VLLM_SCHEMA_EXAMPLES` sets the number of requests per endpoint.
+"""
+
+import os
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from server import serving
+
+import boe_vllm
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+EXAMPLES = int(os.environ.get("BOE_VLLM_SCHEMA_EXAMPLES", "25"))
+PATHS = ("/v1/completions", "/v1/chat/completions")
+CONTROL = {"prompt": "A:1+2=", "max_tokens": 6, "temperature": 0}
+SMALL = {"max_tokens": 4, "max_completion_tokens": 4, "n": 1, "model": boe_vllm.tiny_model_path()}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving("--sampler", "boe") as url:
+        yield url
+
+
+def control(url):
+    body = CONTROL | {"model": boe_vllm.tiny_model_path()}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
+def test_no_request_of_the_schema_breaks_the_server(server, path):
+    schema = schemathesis.openapi.from_url(f"{server}/openapi.json")
+    strategy = schema[path]["POST"].as_strategy()
+    want = control(server)
+    counts: dict[int, int] = {}
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=strategy)
+    def check(case):
+        if isinstance(case.body, dict):  # the right model, and no hour-long canvases
+            case.body |= {k: v for k, v in SMALL.items() if k == "model" or k in case.body}
+        answer = case.call(base_url=server, timeout=120)
+        counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
+        assert answer.status_code < 500 or answer.status_code == 501, (case.body, answer.text)
+
+    check()
+    print(path, counts)
+    assert control(server) == want
