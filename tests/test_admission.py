@@ -65,6 +65,7 @@ BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
 @pytest.mark.parametrize(
     "prompt, fields, extra, message",
     [
+        (PROMPT, {"bad_words": ["no"]}, {}, "bad_words: .*no tokenizer"),
         (PROMPT, BANNED_EOS, {}, "allowed_token_ids: expected at least one token"),
         (PROMPT, {"allowed_token_ids": [49]}, {}, "allowed_token_ids: expected at least one"),
         (PROMPT, {"logit_bias": {3: float("nan")}}, {}, "logit_bias: .*finite"),

@@ -132,3 +132,25 @@ def test_warming_up_runs_the_largest_step(llm):
     budget = config.scheduler_config.max_num_batched_tokens
     assert budget - config.model_config.max_model_len < sum(rows) <= budget
     assert not canvases(llm)
+
+
+def test_a_broken_checkpoint_fails_the_requests_that_meet_it(llm):
+    run_until_idle(llm)
+    weight = runner(llm).model.wte.weight.data
+    token = ord("Z")
+    kept = weight[token].clone()
+    alone = texts(llm.generate([PROMPT], params(extra_args={"policy": "boe"}), use_tqdm=False))
+    weight[token] = float("nan")
+    try:
+        prompts = ["Z+1=", PROMPT, "1Z="]
+        fields = [{"policy": "boe"}, {"policy": "boe"}, {"policy": "confidence"}]
+        outputs = llm.generate(prompts, [params(extra_args=f) for f in fields], use_tqdm=False)
+    finally:
+        weight[token] = kept
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert reasons == ["error", "length", "error"]
+    for n in (0, 2):
+        assert "logits are not finite in denoising step 0" in outputs[n].outputs[0].stop_reason
+    assert texts([outputs[1]]) == alone
+    run_until_idle(llm)
+    assert not canvases(llm)

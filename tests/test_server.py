@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from server import serving
 
@@ -307,3 +307,32 @@ def test_the_client_example_runs(url):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["requests"] == 16 and result["refused"] == 3
     assert result["stream_equals_plain"] and result["same_after_all"]
+
+
+def test_a_failing_request_says_why(client):
+    """All allowed tokens run out where a bad word forbids the only one that is left."""
+    with pytest.raises(InternalServerError, match="allowed_token_ids, bad_words or min_tokens"):
+        client.completions.create(
+            model=MODEL,
+            prompt="A:1+2=",
+            max_tokens=4,
+            temperature=0,
+            extra_body={"allowed_token_ids": [DIGITS["7"]], "bad_words": ["77"]},
+        )
+    assert ask(client).choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.slow
+def test_a_short_soak_finds_nothing(url):
+    command = [str(EXAMPLES / "soak.py"), "--base-url", f"{url}/v1", "--pid", str(url.process.pid)]
+    # Memory is judged over a longer run: a few seconds are all warm-up.
+    done = subprocess.run(
+        [sys.executable, *command, "--seconds", "15", "--clients", "6", "--kinds", "9"]
+        + ["--growth", "0.5"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ok"] and result["answered"] > 0 and result["refused"] > 0

@@ -138,6 +138,12 @@ def admit(
         # vLLM takes it from the tokenizer, which may have none or not be loaded.
         eos_token_id = vllm_config.model_config.hf_config.eos_token_id
         sampling_params.update_from_generation_config({}, eos_token_id)
+    if sampling_params.bad_words and sampling_params.bad_words_token_ids is None:
+        raise VLLMValidationError(
+            "bad_words: expected none where the server has no tokenizer, got "
+            f"{sampling_params.bad_words!r}; remove it",
+            parameter="bad_words",
+        )
     plan = check(prompt_token_ids, sampling_params, vllm_config)
     own = sampling_params.extra_args or {}
     if any(own.get(name) is not None for name in ("gen_length", "canvas_template", "choices")):
