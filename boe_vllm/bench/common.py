@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from boe_vllm.engine.heap import keep_freed_memory
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -77,6 +79,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
+    if device.type == "cpu":
+        keep_freed_memory()  # as our worker does
     if args.clock == "cpu" and (args.threads > 1 or device.type != "cpu"):
         raise UsageError("--clock cpu: expected --device cpu and --threads 1")
     return args
@@ -148,7 +152,7 @@ def interleaved(
     args: argparse.Namespace,
     *,
     seed: int = 0,
-    warm_up: bool = True,
+    warm_up: int = 1,
     tell: bool = False,
 ) -> dict[str, list[float]]:
     """Times of every case, seconds, one per round.
@@ -160,14 +164,14 @@ def interleaved(
         cases: name -> a function that prepares a run (not timed) and returns the work (timed).
         args: the common options: rounds (`repeats`), device and clock.
         seed: of the order.
-        warm_up: run a first round that is not counted.
+        warm_up: first rounds that are not counted.
         tell: report every run, where they are long.
     """
     device = torch.device(args.device)
     rng = np.random.default_rng(seed)
     keys = list(cases)
     times: dict[str, list[float]] = {name: [] for name in keys}
-    for round_number in range(-int(warm_up), args.repeats):
+    for round_number in range(-warm_up, args.repeats):
         for place in rng.permutation(len(keys)):
             name = keys[place]
             elapsed = seconds(cases[name](), device, args.clock)

@@ -10,6 +10,7 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from boe_vllm.engine.heap import keep_freed_memory
 from boe_vllm.engine.runner import DiffusionModelRunner
 
 
@@ -21,6 +22,7 @@ class DiffusionCPUWorker(cpu_worker.CPUWorker):
         self.use_v2_model_runner = False
 
     def init_device(self) -> None:
+        keep_freed_memory()
         # vLLM makes its runner in the last line of this long method, by this global name.
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = DiffusionModelRunner

@@ -85,17 +85,22 @@ def _widened(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * weight`, [N, D] in the dtype of `x`."""
     x = accurate(x_ND)
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * scale).to(x_ND.dtype) * weight_D
+    return (x * _inverse_rms(x, eps)).to(x_ND.dtype).mul_(weight_D)
 
 
 def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Gradient of `rms_norm` with respect to `x`, [N, D]."""
     x = accurate(x_ND)
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    scale = _inverse_rms(x, eps)
     normed = x * scale
     dnormed = accurate(dy_ND) * accurate(weight_D)
     return (scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))).to(dy_ND.dtype)
+
+
+def _inverse_rms(x_ND: Tensor, eps: float) -> Tensor:
+    """[N, 1]."""
+    norm = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+    return norm.square_().div_(x_ND.shape[1]).add_(eps).rsqrt_()
 
 
 def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:

@@ -143,7 +143,7 @@ class LLaDABlock(nn.Module):
 
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> Tensor:
         """The residual stream after attention, [N, D]."""
-        return x_ND + self.attn_out(mixed_NHP.reshape(len(x_ND), -1))[0]
+        return self.attn_out(mixed_NHP.reshape(len(x_ND), -1))[0].add_(x_ND)
 
     def feed(
         self, x_ND: Tensor, kept_K: Tensor | None = None, scratch: Scratch | None = None
@@ -153,7 +153,7 @@ class LLaDABlock(nn.Module):
         normed = rms_norm(x_ND, self.ff_norm, self.eps)
         gate_up = matmul_rows(normed, self.gate_up_proj.weight.t(), scratch)
         kept = None if kept_K is None else gate_up[kept_K]
-        return x_ND + self.ff_out(swiglu_(gate_up))[0], kept
+        return self.ff_out(swiglu_(gate_up))[0].add_(x_ND), kept
 
     def backward(
         self, dx_KD: Tensor, tape: LayerTape, layout: RowLayout, rotary: Tensor, open_K11: Tensor
