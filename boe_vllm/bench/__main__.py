@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("throughput", "steering", "attention", "scaling", "memory", "overhead")
+BENCHMARKS = ("throughput", "steering", "attention", "scaling", "memory", "overhead", "policies")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

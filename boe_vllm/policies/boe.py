@@ -91,7 +91,8 @@ class BoEPolicy(Policy):
                 context=settings.context,
                 sharpen=settings.sharpen,
             )
-            scores = scores + settings.gain * steered_scores(importance, view, candidates, settings)
+            weight = settings.gain / (len(objective) if settings.gain_scale == "mean" else 1)
+            scores = scores + weight * steered_scores(importance, view, candidates, settings)
         scores = np.where(np.isneginf(view.confidence[candidates]), -np.inf, scores)
         tokens = None
         if settings.selection == "conditional" and view.quota > 1:

@@ -12,10 +12,22 @@ from boe_vllm.policies.base import PolicyConfig
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.asks import Context, Estimator, Surrogate
 
+_IMPORTANCE: dict[str, Any] = {"selection": "top", "risk": 0.0, "gain": 1.0}
+"""The paper's ranking: the most important candidates, each for itself."""
+
+_OF_IMPORTANCE = frozenset(
+    "rho candidates surrogate objective active context gate gate_power floor_weight floor_max "
+    "sharpen normalize gain_scale gain".split()
+)
+"""Fields that mean nothing without a gain: to give one is to ask for the paper's ranking."""
+
+_JOINT: dict[str, Any] = {"selection": "conditional", "risk": 1.0, "gain": 0.0}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Eq. 13 and 14 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
     # validation subset"); the values are those of the authors' prototype.
-    "paper": {
+    "paper": _IMPORTANCE
+    | {
         "surrogate": "mask",
         "objective": "masked",
         "active": "masked",
@@ -25,7 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "floor_max": 0.3,
     },
     # The authors' public prototype (toy model, June 2026), as described in `docs/method.md`.
-    "prototype": {
+    "prototype": _IMPORTANCE
+    | {
         "surrogate": "inject",
         "context": "exact",
         "objective": "remaining",
@@ -37,14 +50,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "floor_weight": 0.2,
         "floor_max": 0.3,
     },
-    # Ours: the set is built one token at a time, each by its probability given the ones before.
-    "joint": {
-        "selection": "conditional",
+    # The paper's ranking with the importance taken in the keys and values, and nothing to tune.
+    "kv": _IMPORTANCE,
+    # Info-Gain's weighting: the risk as it is, the future as a mean over the masked positions.
+    "future": {
+        "selection": "top",
         "risk": 1.0,
-        "gain": 0.0,
-        "pool": 2.0,
+        "gain": 1.0,
+        "gain_scale": "mean",
+        "gate": "none",
+        "rho": 1.0,
     },
-    # Ours: the same with the interaction as a sum over pairs.
+    # Sets with the interaction as a sum over pairs, from one packed pass over the pool.
     "pairwise": {
         "selection": "pairwise",
         "risk": 1.0,
@@ -52,19 +69,33 @@ PRESETS: dict[str, dict[str, Any]] = {
         "coupling": "pairs",
         "coupling_measure": "pmi",
         "interaction": 1.0,
-        "pool": 2.0,
     },
+    # The same with the coupling measured on all masked rows: the oracle of the estimators.
+    "exact": {
+        "selection": "pairwise",
+        "risk": 1.0,
+        "gain": 0.0,
+        "coupling": "exact",
+        "coupling_measure": "kl",
+        "interaction": 0.3,
+    },
+    # The default: the set is built one token at a time, each by its probability given the others.
+    "joint": _JOINT,
+    # The same with more to choose from.
+    "thorough": _JOINT | {"pool": 3.0, "certain": 1.0},
 }
 
 MOST = 1e6
 """Largest weight: no product of a few of them overflows."""
+
+Preset = Literal["paper", "prototype", "kv", "future", "pairwise", "exact", "joint", "thorough"]
 
 
 @options
 class BoEConfig(CompositionConfig):
     """Settings of `boe`, beside those of `CompositionConfig`; entropies in nats."""
 
-    preset: Literal["paper", "prototype", "joint", "pairwise"] | None = None
+    preset: Preset | None = None
     """Named settings; fields given beside it override its own."""
     rho: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the masked positions that are candidates (paper 4.1: 0.1, 0.25, 0.5)."""
@@ -95,11 +126,13 @@ class BoEConfig(CompositionConfig):
     normalize: Literal["none", "minmax"] = "none"
     """Rescale the scores of the candidates to [0, 1] before the floor's penalty."""
 
-    risk: Annotated[float, Field(ge=0, le=MOST)] = 0.0
+    risk: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of ln p_i, the log-probability of the candidate's own token."""
-    gain: Annotated[float, Field(ge=0, le=MOST)] = 1.0
+    gain: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     """Weight of the Token Importance Score; 0 runs no backward."""
-    selection: Literal["top", "pairwise", "conditional"] = "top"
+    gain_scale: Literal["sum", "mean"] = "sum"
+    """Importance as the drop of the summed entropy, or of its mean over the objective."""
+    selection: Literal["top", "pairwise", "conditional"] = "conditional"
     """How the set is chosen: the best scores; greedily less the coupling with what is chosen; or
     greedily by the scores once the chosen ones are written (all other rows frozen)."""
     interaction: Annotated[float, Field(ge=0, le=MOST)] = 1.0
@@ -131,7 +164,13 @@ class BoEConfig(CompositionConfig):
 
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
-        """A preset replaces what the server set; the fields given beside it go on top."""
+        """A preset replaces what the server set; the fields given beside it go on top.
+
+        Without one, a field of the importance score turns the score on.
+        """
         if fields.get("preset") in PRESETS:
             return PRESETS[fields["preset"]] | dict(fields)
+        steered = base is not None and getattr(base, "gain", 0.0) > 0
+        if _OF_IMPORTANCE & fields.keys() and not steered:
+            fields = _IMPORTANCE | dict(fields)
         return PolicyConfig.resolve.__func__(cls, fields, base)  # type: ignore[attr-defined]
