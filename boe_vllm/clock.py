@@ -40,4 +40,3 @@ class Clock:
             name = self._open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
-

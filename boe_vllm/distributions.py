@@ -1,7 +1,7 @@
 """Rows of logits turned into log-probabilities, summarised and differentiated.
 
-The work is memory-bound: on a CPU rows are taken a few at a time, so that they stay in its cache, and
-large results lie in memory that is used again at the next step.
+The work is memory-bound: on a CPU rows are taken a few at a time, so that they stay in its cache,
+and large results lie in memory that is used again at the next step.
 
 Legend: `r` rows, `V` vocabulary.
 """

@@ -93,9 +93,7 @@ def run(args: argparse.Namespace) -> None:
                     continue
                 cell = known.get((task.name, name, budget))
                 if cell is None:
-                    fields = CONTESTANTS[name] | (
-                        {"frequencies": table} if name == "pc" else {}
-                    )
+                    fields = CONTESTANTS[name] | ({"frequencies": table} if name == "pc" else {})
                     cell = arena.contest(task, args.items, name, fields, budget)
                     _append(args.cells, cell)
                     common.progress(f"{cell.key}: {cell.share:.3f} in {cell.seconds:.0f} s")
@@ -105,8 +103,11 @@ def run(args: argparse.Namespace) -> None:
     for task in tasks:
         common.print_table(
             f"{task.name}: {args.items} items",
-            [{k: v for k, v in row.items() if k != "task"} for row in details
-             if row["task"] == task.name],
+            [
+                {k: v for k, v in row.items() if k != "task"}
+                for row in details
+                if row["task"] == task.name
+            ],
         )
     comparisons = _comparisons(cells)
     common.print_table("boe against its rivals, item by item", comparisons)

@@ -26,4 +26,5 @@ def keep_freed_memory() -> bool:
         (_M_TRIM_THRESHOLD, _NEVER),
         (_M_TOP_PAD, _PAD),
     )
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    done = [mallopt(name, value) for name, value in settings]
+    return done == [1, 1, 1]

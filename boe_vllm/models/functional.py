@@ -19,8 +19,8 @@ Tensor = torch.Tensor
 class Scratch:
     """Memory for one large temporary at a time, kept from one use to the next.
 
-    A tensor of tens of megabytes comes fresh from the operating system every time; on a CPU its page
-    faults cost more than the arithmetic on it.
+    A tensor of tens of megabytes comes fresh from the operating system every time; on a CPU its
+    page faults cost more than the arithmetic on it.
     """
 
     def __init__(self) -> None:

@@ -148,8 +148,8 @@ class LLaDABlock(nn.Module):
     def feed(
         self, x_ND: Tensor, kept_K: Tensor | None = None, scratch: Scratch | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after the MLP, [N, D], and the MLP's pre-activations of the kept rows,
-        [K, 2F], if there are any."""
+        """The residual stream after the MLP, [N, D], and the MLP's pre-activations of the kept
+        rows, [K, 2F], if there are any."""
         normed = rms_norm(x_ND, self.ff_norm, self.eps)
         gate_up = matmul_rows(normed, self.gate_up_proj.weight.t(), scratch)
         kept = None if kept_K is None else gate_up[kept_K]

@@ -143,7 +143,7 @@ class BoEConfig(CompositionConfig):
     """What the coupling measures; see `steering.asks.Coupling`."""
     pool: Annotated[float, Field(ge=1, le=MOST)] = 2.0
     """Candidates as a multiple of the tokens due, for "pairwise" and "conditional"."""
-    certain: Annotated[float, Field(gt=0, le=1)] = 1.0
+    certain: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Probability from which a candidate joins the set without a round of its own
     ("conditional"); 1 for never."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import IntArray
-from boe_vllm.attention.overlay import Overlay, overlay_attention
+from boe_vllm.attention.overlay import Overlay, group_overlays, overlay_attention
 from boe_vllm.models.functional import rms_norm
 from boe_vllm.steering.guidance import combined
 from boe_vllm.steering.step import DenoisingPass
@@ -59,6 +59,8 @@ def run_partial(
         )
         for s in states
     ]
+    row = current.tape.layers[0].keys_SGP[0]
+    groups = group_overlays(overlays, row_elements=row.numel(), device=current.device)
     x, last = x_QD, len(model.layers) - 1
     for index, (block, tape) in enumerate(zip(model.layers, current.tape.layers, strict=True)):
         q, k, v = block.project(x, rotary)
@@ -67,7 +69,7 @@ def run_partial(
         if index == last and not final:
             return None
         mixed = overlay_attention(
-            q, k, v, tape.keys_SGP, tape.values_SGP, overlays=overlays, scale=block.scale
+            q, k, v, tape.keys_SGP, tape.values_SGP, groups=groups, scale=block.scale
         )
         x, _ = block.feed(block.attend(x, mixed))
     return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
