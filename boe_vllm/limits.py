@@ -76,9 +76,7 @@ class EngineSettings:
         masks = block + infill
         total = (blocks - 1) * policy.step_limit(block, steps)
         total += policy.step_limit(masks, plan.steps_for(masks))
-        rows = guided * policy.rows_ahead(
-            masks=masks, quota=-(-masks // steps), length=length
-        )
+        rows = guided * policy.rows_ahead(masks=masks, quota=-(-masks // steps), length=length)
         for name, value, limit, remedy in (
             ("gen_length", plan.gen_length, self.max_gen_length, "lower it or max_tokens"),
             ("steps", total, self.max_steps, "lower it, or choose another policy"),
