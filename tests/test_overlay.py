@@ -28,7 +28,12 @@ def random_overlays(seed, kv_heads, dtype, shapes):
 
 
 def attend(overlays, inputs):
-    groups = group_overlays(overlays, row_elements=inputs[3][0].numel(), device=torch.device("cpu"))
+    groups = group_overlays(
+        overlays,
+        heads=HEADS,
+        row_elements=inputs[3][0].numel(),
+        device=torch.device("cpu"),
+    )
     return overlay_attention(*inputs, groups=groups, scale=SCALE)
 
 

@@ -19,8 +19,10 @@ import torch
 
 Tensor = torch.Tensor
 
-_MOST_KEYS = 2**22
-"""Key elements that are copied together for sequences of equal shape."""
+_MOST_KEYS = 2**20
+"""Elements of keys that are copied together, for sequences of equal shape."""
+_MOST_SCORES = 2**18
+"""Elements of their scores: larger ones would leave a CPU's cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +55,14 @@ class OverlayGroup:
 
 
 def group_overlays(
-    overlays: Sequence[Overlay], *, row_elements: int, device: torch.device
+    overlays: Sequence[Overlay], *, heads: int, row_elements: int, device: torch.device
 ) -> list[OverlayGroup]:
     """Put sequences of equal shape together; the states' rows are packed in the given order.
 
     Args:
         overlays: of each sequence.
-        row_elements: elements of one row of keys, which bounds how many are put together.
+        heads: of the queries.
+        row_elements: of one row of keys. Both bound how many sequences are put together.
         device: of the result.
     """
     shapes: dict[tuple[int, ...], list[tuple[int, Overlay]]] = {}
@@ -71,7 +74,8 @@ def group_overlays(
         first += states.rows
     groups = []
     for (many, each, kv_len), members in shapes.items():
-        most = max(1, _MOST_KEYS // (kv_len * row_elements))
+        scores = heads * many * each * kv_len
+        most = max(1, min(_MOST_KEYS // (kv_len * row_elements), _MOST_SCORES // scores))
         for start in range(0, len(members), most):
             part = members[start : start + most]
             firsts = torch.tensor([row for row, _ in part], device=device)

@@ -199,6 +199,7 @@ class LLaDAForDiffusion(nn.Module):
         self.head = ParallelLMHead(config.embedding_size, config.d_model, prefix="head")
         if config.weight_tying:
             self.head = self.head.tie_weights(self.wte)
+        self.scratch = Scratch()
         for layer in (self.wte, self.head):
             layer.quant_method = FrozenEmbeddingMethod()
 
@@ -231,7 +232,6 @@ class LLaDAForDiffusion(nn.Module):
         keep = any(layout.kept_lens)
         kept = layout.kept_index
         tape = Tape(layout, rotary[:, kept], []) if keep else None
-        scratch = Scratch()
         for index, block in enumerate(self.layers):
             q, k, v = block.project(x_TD, rotary)
             if tape is not None:
@@ -239,7 +239,7 @@ class LLaDAForDiffusion(nn.Module):
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
             after = block.attend(x_TD, mixed)
-            out, gate_up = block.feed(after, kept if keep else None, scratch)
+            out, gate_up = block.feed(after, kept if keep else None, self.scratch)
             if tape is not None:
                 assert gate_up is not None
                 tape.layers.append(LayerTape(x_TD[kept], after[kept], q[kept], gate_up, k, v))

@@ -59,8 +59,13 @@ def run_partial(
         )
         for s in states
     ]
-    row = current.tape.layers[0].keys_SGP[0]
-    groups = group_overlays(overlays, row_elements=row.numel(), device=current.device)
+    tape = current.tape.layers[0]
+    groups = group_overlays(
+        overlays,
+        heads=tape.queries_KHP.shape[1],
+        row_elements=tape.keys_SGP[0].numel(),
+        device=current.device,
+    )
     x, last = x_QD, len(model.layers) - 1
     for index, (block, tape) in enumerate(zip(model.layers, current.tape.layers, strict=True)):
         q, k, v = block.project(x, rotary)
