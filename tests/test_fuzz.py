@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
 
 import boe_vllm
 from boe_vllm import options
@@ -18,6 +19,7 @@ from boe_vllm.config import FrameConfig
 from boe_vllm.content import Content
 from boe_vllm.policies import POLICY_NAMES, load_policy
 
+REFUSALS = (ValueError, TypeError, VLLMValidationError)
 CASES = int(os.environ.get("BOE_VLLM_FUZZ_CASES", "60"))
 CONTEXT, VOCAB, MASK = 64, 262, 261
 MOST_STEPS = 2000  # of the engine; the server's limit on steps is below it
@@ -51,7 +53,7 @@ def run(llm, requests):
     for n, (prompt, params) in enumerate(requests):
         try:
             names[engine.add_request(str(n), {"prompt_token_ids": prompt}, params)] = n
-        except (ValueError, TypeError) as error:
+        except REFUSALS as error:
             outputs[n] = error
     for _ in range(MOST_STEPS):
         if not engine.has_unfinished_requests():
@@ -159,7 +161,7 @@ def test_any_request_is_refused_or_served_and_harms_nobody(
 ):
     try:
         params = SamplingParams(**({"temperature": 1.0} | chosen), extra_args=extra_args)
-    except (ValueError, TypeError, OverflowError):
+    except (*REFUSALS, OverflowError):
         return
     outputs = run(llm, [([65, 58, 49], CONTROL), (prompt, params)])
     assert outputs[0].outputs[0].token_ids == control
