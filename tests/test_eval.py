@@ -298,7 +298,7 @@ def test_tables_say_what_the_records_say(tmp_path):
     assert "| boe | 16 | 1 | 50.0 |" in tables.ablations(rows)
     assert "1.5 |" in tables.ablations(rows)
     assert "| confidence | 75.0 (30.1-95.4) |" in tables.methods_by_task(rows)
-    assert "| sudoku4 | boe | 8 | 1 | 50.0 |" in tables.curves(rows)
+    assert "| sudoku4 | boe | 8 | 1 | 100 | 50.0 |" in tables.curves(rows)
     assert "| sudoku4 | confidence | 16 | 1 | 4 | 75.0 | 30.1 to 95.4 |" in tables.overview(rows)
 
 

@@ -167,7 +167,10 @@ def ablations(rows: Sequence[Row]) -> str:
 
 
 def curves(rows: Sequence[Row]) -> str:
-    """Figure 4: score against network function evaluations (forwards), per task and policy."""
+    """Figure 4: score against network function evaluations (forwards), per task and policy.
+
+    A forward over few rows counts as one, so the rows of all passes stand beside it.
+    """
     ordered = sorted(rows, key=lambda row: (row["task"], row["policy"], row["forwards"] or 0.0))
     return to_markdown(
         [
@@ -176,6 +179,7 @@ def curves(rows: Sequence[Row]) -> str:
                 "policy": row["policy"],
                 "NFE": row["forwards"],
                 "backwards": row["backwards"],
+                "rows": row["rows"],
                 "score %": percent(row["score"]),
                 "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
             }
