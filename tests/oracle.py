@@ -65,11 +65,13 @@ def random_weights(config: LLaDAConfig, *, seed: int = 0, dtype=torch.float32) -
 
 @dataclasses.dataclass
 class Dense:
-    """The oracle network: `logits`, with every layer's keys and values left in `kv`."""
+    """The oracle network: `logits`, with every layer's keys and values left in `kv`, its queries and
+    attention outputs in `attention`."""
 
     config: LLaDAConfig
     weights: dict[str, Tensor]
     kv: list = dataclasses.field(default_factory=list)
+    attention: list = dataclasses.field(default_factory=list)
 
     def w(self, name: str) -> Tensor:
         return self.weights[f"{PREFIX}{name}.weight"]
@@ -97,7 +99,7 @@ class Dense:
         `frozen`, if given, is (row, kv): the keys and values of all rows but `row` are those of kv.
         """
         length, width, heads = *x_LD.shape, self.config.n_heads
-        self.kv = []
+        self.kv, self.attention = [], []
         x = x_LD
         for i in range(self.config.n_layers):
             h = self.norm(x, f"blocks.{i}.attn_norm")
@@ -111,7 +113,9 @@ class Dense:
                 own = torch.arange(length)[:, None, None] == row
                 k, v = torch.where(own, k, kv[i][0]), torch.where(own, v, kv[i][1])
             self.kv.append((k, v))
-            y = self.attend(q, k, v).reshape(length, width) @ self.w(f"blocks.{i}.attn_out").T
+            o = self.attend(q, k, v)
+            self.attention.append((q, o))
+            y = o.reshape(length, width) @ self.w(f"blocks.{i}.attn_out").T
             if open_L is not None:
                 y = torch.where(open_L[:, None], y, y.detach())
             x = x + y

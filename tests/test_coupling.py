@@ -94,6 +94,36 @@ def test_attention_coupling_is_symmetric_normalised_and_free():
     assert (given.forwards, given.backwards) == (0, 0)
 
 
+def test_overlap_coupling_equals_the_dense_network():
+    model, dense = setting(n_kv_heads=2)
+    current = make_pass(model, "masked", budget_bytes=2048)  # tiles of two rows
+    asks = {
+        n: ask_for(rows, estimator="overlap", measure="kl")
+        for n, rows in enumerate(current.sequences)
+    }
+    for n, given in answer(current, asks).items():
+        places = current.sequences[n].logit_positions[asks[n].pool]
+        tokens = torch.from_numpy(current.sequences[n].tokens)
+        p = dense.log_probs(dense.logits(dense.embed(tokens)))[places].exp()
+        attention = np.zeros((4, 4))
+        for (q, _), (k, _) in zip(dense.attention, dense.kv, strict=True):
+            k = k.repeat_interleave(2, 1)
+            weights = torch.einsum("ihp,jhp->hij", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+            attention += weights.sum(0)[places][:, places].numpy()
+        want = np.zeros((4, 4))
+        for i in range(4):
+            for j in range(4):
+                if i != j:
+                    shared = (p[i] * (1 - p[i]) * p[j] * (1 - p[j])).sqrt().sum()
+                    want[i, j] = (attention[i, j] + attention[j, i]) * float(shared)
+        mean = (attention + attention.T)[~np.eye(4, dtype=bool)].mean()
+        np.testing.assert_allclose(given.value, want / mean, rtol=1e-8, atol=1e-12)
+        assert want.max() > 1e-3
+        (alone,) = answer(current, {n: asks[n]}).values()
+        np.testing.assert_array_equal(alone.value, given.value)
+        assert (given.forwards, given.backwards) == (0, 0)
+
+
 def test_a_conditional_equals_the_dense_network_with_the_rest_frozen():
     model, dense = setting()
     current = make_pass(model, "masked")

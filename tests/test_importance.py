@@ -88,6 +88,8 @@ def oracle(dense, rows, ask):
     objective = rows.logit_positions[ask.objective]
     soft = soft_embeddings(dense, x, positions, ask.sharpen)
     mask = dense.w("wte")[dense.config.mask_token_id]
+    if ask.surrogate in ("response", "rectified"):
+        return response_oracle(dense, rows, ask, x, soft, positions, objective)
     if ask.surrogate == "kv":
         return kv_oracle(dense, rows, ask, x, soft, positions, objective)
     at = x.clone()
@@ -125,6 +127,35 @@ def kv_oracle(dense, rows, ask, x, soft, positions, objective):
     return torch.stack(scores)
 
 
+def response_oracle(dense, rows, ask, x, soft, positions, objective):
+    """Gradients at every row's attention output, and those outputs computed again one by one."""
+    x = x.clone().requires_grad_()
+    entropy = dense.entropies(dense.logits(x, open_rows(ask, rows)))[objective].sum()
+    layers = [(q.detach(), o.detach()) for q, o in dense.attention]
+    outputs = [o for _, o in dense.attention]
+    gradients = torch.autograd.grad(entropy, outputs, allow_unused=True)
+    old = [(k.detach(), v.detach()) for k, v in dense.kv]
+    scores = []
+    for position, write in zip(positions, soft, strict=True):
+        changed = x.detach().clone()
+        changed[position] = write
+        dense.logits(changed, frozen=(int(position), old))
+        revealed = [(k[position], v[position]) for k, v in dense.kv]
+        total = 0.0
+        for (q, was), (k, v), gradient, new in zip(layers, old, gradients, revealed, strict=True):
+            if gradient is None:
+                continue
+            k, v = k.clone(), v.clone()
+            k[position], v[position] = new
+            now = dense.attend(q, k, v)
+            for row in range(len(x)):
+                drop = -float((gradient[row] * (now[row] - was[row])).sum())
+                if row != position:
+                    total += max(drop, 0.0) if ask.surrogate == "rectified" else drop
+        scores.append(total)
+    return torch.tensor(scores, dtype=F64)
+
+
 def frozen_oracle(dense, rows, ask, x, at, change, positions, objective):
     """All masked rows live, the others' keys and values those of the first forward."""
     dense.logits(x)
@@ -157,6 +188,12 @@ CASES = [
     dict(surrogate="kv", active="candidates"),
     dict(surrogate="kv", active="masked", objective="remaining"),
     dict(surrogate="kv", active="all"),
+    dict(surrogate="response", active="masked"),
+    dict(surrogate="response", active="all"),
+    dict(surrogate="response", active="candidates"),
+    dict(surrogate="rectified", active="masked", sharpen=0.5),
+    dict(surrogate="rectified", active="masked", objective="remaining"),
+    dict(surrogate="rectified", active="all"),
     dict(surrogate="inject", active="masked"),
     dict(surrogate="inject", active="masked", objective="remaining", sharpen=0.5),
     dict(surrogate="inject", active="all", context="exact"),
@@ -176,11 +213,12 @@ def test_scores_equal_autograd(case, changes):
         assert np.abs(want).max() > 1e-3  # the test can fail
 
 
-def test_one_backward_gives_each_request_its_own_scores():
+@pytest.mark.parametrize("first", ["mask", "response", "rectified"])
+def test_one_backward_gives_each_request_its_own_scores(first):
     model, _ = setting()
     current = make_pass(model, "masked")
     kinds = [
-        dict(surrogate="mask"),
+        dict(surrogate=first),
         dict(surrogate="kv", objective="remaining"),
         dict(surrogate="inject"),
     ]
@@ -237,6 +275,8 @@ def test_cost_is_counted():
     want = {
         ("mask", "frozen"): (0, 1, 0, masked),
         ("kv", "frozen"): (1, 1, candidates, masked),
+        ("response", "frozen"): (1, 1, candidates, masked),
+        ("rectified", "frozen"): (1, 1, candidates, masked),
         ("inject", "frozen"): (1, 1, masked, masked),
         ("inject", "exact"): (1, 1, length, masked),
     }

@@ -157,8 +157,9 @@ class LLaDABlock(nn.Module):
 
     def backward(
         self, dx_KD: Tensor, tape: LayerTape, layout: RowLayout, rotary: Tensor, open_K11: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the block's input [K, D] and of the kept rows' keys and values [K, G, P].
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the block's input [K, D], and of the kept rows' attention outputs
+        [K, H, P], keys and values [K, G, P].
 
         `open_K11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0.
         """
@@ -166,8 +167,9 @@ class LLaDABlock(nn.Module):
         dnormed = _reduced(matmul_rows(dgate_up, self.gate_up_proj.weight))
         dx_KD = dx_KD + rms_norm_backward(dnormed, tape.after_attention_KD, self.ff_norm, self.eps)
         dmixed = matmul_rows(dx_KD, self.attn_out.weight).view(len(dx_KD), -1, self.head_size)
+        dmixed = dmixed * open_K11
         dq, dk, dv = attention_backward(
-            dmixed * open_K11,
+            dmixed,
             tape.queries_KHP,
             tape.keys_SGP,
             tape.values_SGP,
@@ -178,6 +180,7 @@ class LLaDABlock(nn.Module):
         dnormed = _reduced(matmul_rows(dqkv.reshape(len(dx_KD), -1), self.qkv_proj.weight))
         return (
             dx_KD + rms_norm_backward(dnormed, tape.before_KD, self.attn_norm, self.eps),
+            dmixed,
             dk,
             dv,
         )
@@ -254,7 +257,7 @@ class LLaDAForDiffusion(nn.Module):
         dhidden_KD: Tensor,
         tape: Tape,
         open_K11: Tensor,
-        observe: Callable[[int, Tensor, Tensor], None] | None = None,
+        observe: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Gradient of the kept rows' embeddings, [K, D], given that of their final hidden states.
 
@@ -262,16 +265,18 @@ class LLaDAForDiffusion(nn.Module):
             dhidden_KD: gradient of the normalised final states; zero for rows without an objective.
             tape: of the pass.
             open_K11: 1 for rows whose attention passes a gradient, else 0 (eq. 30).
-            observe: called with (layer, dK, dV), [K, G, P] each, for every layer, last one first.
+            observe: called with (layer, dO, dK, dV) for every layer, last one first: gradients of
+                the kept rows' attention outputs [K, H, P] (zero where they pass none), and of their
+                keys and values [K, G, P].
         """
         assert tape.final_KD is not None
         dx = rms_norm_backward(dhidden_KD, tape.final_KD, self.ln_f, self.config.rms_norm_eps)
         for index in reversed(range(len(self.blocks))):
-            dx, dk, dv = self.layers[index].backward(
+            dx, dmixed, dk, dv = self.layers[index].backward(
                 dx, tape.layers[index], tape.layout, tape.rotary_2K1p, open_K11
             )
             if observe is not None:
-                observe(index, dk, dv)
+                observe(index, dmixed, dk, dv)
         return dx
 
     def cache_shape(self) -> dict[str, int]:

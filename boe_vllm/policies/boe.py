@@ -58,7 +58,7 @@ class BoEPolicy(Policy):
         rows = 2 * length if settings.gain > 0 else 0
         if settings.selection == "conditional":
             return rows + quota * pool
-        if settings.selection == "pairwise" and settings.coupling != "attention":
+        if settings.selection == "pairwise" and settings.coupling in ("exact", "pairs"):
             return rows + pool * (masks if settings.coupling == "exact" else pool)
         return rows
 

@@ -105,7 +105,8 @@ class BoEConfig(CompositionConfig):
     """What candidates are chosen by (paper 3.5)."""
     surrogate: Surrogate = "kv"
     """Where the entropy is linearised: "mask" (eq. 13, 14: at the mask embedding), "inject"
-    (A.3.1: at the soft embeddings of all candidates), "kv" (in the keys and values)."""
+    (A.3.1: at the soft embeddings of all candidates), "kv" (in the keys and values), "response" (in
+    the attention outputs of the other rows), "rectified" (the same, rises of entropy left out)."""
     objective: Literal["masked", "remaining"] = "masked"
     """Entropies that are summed: of all of M, or of M without the candidates (eq. 11)."""
     active: Literal["masked", "candidates", "all"] = "masked"

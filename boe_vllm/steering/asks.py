@@ -12,10 +12,10 @@ from boe_vllm.arrays import FloatArray, IntArray
 if TYPE_CHECKING:
     from boe_vllm.prediction import RowStatistics
 
-Surrogate = Literal["mask", "inject", "kv"]
+Surrogate = Literal["mask", "inject", "kv", "response", "rectified"]
 Context = Literal["frozen", "exact"]
 Observed = Literal["block", "masked", "all"]
-Estimator = Literal["exact", "pairs", "attention"]
+Estimator = Literal["exact", "pairs", "attention", "overlap"]
 
 
 class Ask:

@@ -1,7 +1,7 @@
 """Token Importance Scores (eq. 14) of all steering requests of a batch, in shared passes.
 
-For "mask" and "kv" one backward through the kept rows of the step's own pass serves every request;
-for "inject" a second forward over the relaxed states precedes it. Sequences do not see each other,
+For "mask", "kv", "response" and "rectified" one backward through the kept rows of the step's own
+pass serves every request; for "inject" a second forward over the relaxed states precedes it. Sequences do not see each other,
 so each request's gradient is its own although all objectives are summed.
 
 Legend: `C` packed candidates, `O` packed objective rows, `K` kept rows, `D` width.
@@ -13,11 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
-
 from boe_vllm.arrays import IntArray
 from boe_vllm.distributions import entropy_gradient
 from boe_vllm.models.functional import accurate
@@ -26,10 +21,14 @@ from boe_vllm.rows import SequenceRows, pack
 from boe_vllm.steering.asks import TokenImportance
 from boe_vllm.steering.guidance import guided, with_twins
 from boe_vllm.steering.parts import Part, parts_of, places_of, summed
+from boe_vllm.steering.response import Responses
 from boe_vllm.steering.step import Answer, DenoisingPass
-from boe_vllm.steering.surrogate import FrozenRows, Revealed, reveal, soft_writes
+from boe_vllm.steering.surrogate import FrozenRows, reveal, soft_writes
 
 Tensor = torch.Tensor
+
+REVEALING = ("kv", "response", "rectified")
+"""Surrogates that need the candidates' revealed keys and values."""
 
 
 def token_importance(
@@ -56,15 +55,15 @@ def token_importance(
 def _single_pass(
     current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]
 ) -> list[Answer]:
-    """ "mask" and "kv": one backward on the step's own tape."""
+    """All surrogates but "inject": one backward on the step's own tape."""
     assert current.tape is not None
     parts = parts_of(current, asks)
     soft = _soft_writes(current, parts)
     kept = _packed(current.kept_rows, parts, "candidates").to(current.device)
-    revealing = [n for n, part in enumerate(parts) if part.ask.surrogate == "kv"]
+    revealing = [n for n, part in enumerate(parts) if part.ask.surrogate in REVEALING]
     lens = [len(part.ask.candidates) for part in parts]
     places = _places(lens, revealing).to(current.device)
-    response = None
+    observe = None
     if revealing:
         changes = reveal(
             soft[places],
@@ -72,52 +71,30 @@ def _single_pass(
             [parts[n].place for n in revealing],
             [parts[n].ask.candidates for n in revealing],
         )
-        response = _Response(changes, kept[places])
+        observe = Responses(current, [parts[n] for n in revealing], changes)
     with current.clock.part("backward"):
         dx = current.model.backward(
             _objective_gradient(current, parts),
             current.tape,
             _open_rows(current, parts),
-            observe=response,
+            observe=observe,
         )
     change = accurate(soft) - accurate(_mask_embedding(current, soft.dtype))
     scores = -(accurate(dx[kept]) * change).sum(-1)
-    if response is not None:
-        scores[places] = -response.total()
+    if observe is not None:
+        scores[places] = observe.drops().to(scores)
     return [
         Answer(
             value=value,
-            forwards=len(own) * (ask.surrogate == "kv"),
+            forwards=len(own) * (ask.surrogate in REVEALING),
             backwards=len(own),
-            rows_forward=len(own) * len(ask.candidates) * (ask.surrogate == "kv"),
+            rows_forward=len(own) * len(ask.candidates) * (ask.surrogate in REVEALING),
             rows_backward=sum(current.layout.kept_lens[place] for place in own),
         )
         for (_, ask), own, value in zip(
             asks, places_of(parts, len(asks)), summed(scores, parts, len(asks)), strict=True
         )
     ]
-
-
-class _Response:
-    """Adds up `<dH/dK, change of K> + <dH/dV, change of V>` of the candidates, layer by layer."""
-
-    def __init__(self, changes: Revealed, kept_C: Tensor) -> None:
-        self.changes, self.kept_C = changes, kept_C
-        self.sum_C: Tensor | None = None
-
-    def __call__(self, layer: int, dk_KGP: Tensor, dv_KGP: Tensor) -> None:
-        part = (accurate(dk_KGP[self.kept_C]) * accurate(self.changes.keys[layer])).sum((1, 2))
-        part = part + (accurate(dv_KGP[self.kept_C]) * accurate(self.changes.values[layer])).sum(
-            (1, 2)
-        )
-        self.sum_C = part if self.sum_C is None else self.sum_C + part
-
-    def total(self) -> Tensor:
-        """[C] over all layers and, under tensor parallelism, all heads."""
-        assert self.sum_C is not None
-        if get_tensor_model_parallel_world_size() == 1:
-            return self.sum_C
-        return tensor_model_parallel_all_reduce(self.sum_C)
 
 
 def _injected(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]]) -> list[Answer]:

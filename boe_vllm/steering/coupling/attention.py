@@ -18,6 +18,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.models.functional import accurate
 from boe_vllm.steering.asks import Coupling
 from boe_vllm.steering.step import Answer, DenoisingPass
@@ -27,16 +28,31 @@ def attention_coupling(
     current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]
 ) -> list[Answer]:
     """[C, C] per ask from the step's own queries and keys."""
-    return [Answer(value=_of(current, s, ask)) for s, ask in asks]
+    return [
+        Answer(
+            value=mutual_attention(current, s, ask.pool)
+            * np.minimum.outer(ask.entropy, ask.entropy)
+        )
+        for s, ask in asks
+    ]
 
 
-def _of(current: DenoisingPass, s: int, ask: Coupling) -> np.ndarray:
+def mutual_attention(current: DenoisingPass, s: int, pool: IntArray) -> FloatArray:
+    """[C, C] attention between rows of a sequence, in units of its mean; the diagonal is zero.
+
+    Mean over layers, heads and both directions.
+
+    Args:
+        current: the step's pass, with its tape.
+        s: the sequence.
+        pool: indices into its masked positions.
+    """
     assert current.tape is not None
     layout = current.layout.attention
     span = slice(layout.kv_starts[s], layout.kv_starts[s] + layout.kv_seqlens[s])
-    kept = torch.from_numpy(current.kept_rows(s, ask.pool)).to(current.device)
-    columns = torch.from_numpy(ask.pool).to(current.device)
-    total = torch.zeros(len(ask.pool), len(ask.pool), device=current.device)
+    kept = torch.from_numpy(current.kept_rows(s, pool)).to(current.device)
+    columns = torch.from_numpy(pool).to(current.device)
+    total = torch.zeros(len(pool), len(pool), device=current.device)
     for tape in current.tape.layers:
         q_HCP = tape.queries_KHP[kept].transpose(0, 1)
         group = q_HCP.shape[0] // tape.keys_SGP.shape[1]
@@ -48,6 +64,6 @@ def _of(current: DenoisingPass, s: int, ask: Coupling) -> np.ndarray:
     attention = total.double().cpu().numpy()
     attention = attention + attention.T
     np.fill_diagonal(attention, 0.0)
-    pairs = len(ask.pool) * (len(ask.pool) - 1)
+    pairs = len(pool) * (len(pool) - 1)
     mean = attention.sum() / max(1, pairs)
-    return attention / max(mean, 1e-30) * np.minimum.outer(ask.entropy, ask.entropy)
+    return attention / max(mean, 1e-30)

@@ -10,6 +10,7 @@ import torch
 from boe_vllm.prediction import RowWrites, read_statistics
 from boe_vllm.steering.asks import Conditional, Conditioned, Coupling
 from boe_vllm.steering.coupling.attention import attention_coupling
+from boe_vllm.steering.coupling.overlap import overlap_coupling
 from boe_vllm.steering.coupling.responses import measured_coupling
 from boe_vllm.steering.partial import States, run_guided
 from boe_vllm.steering.step import Answer, DenoisingPass
@@ -18,6 +19,7 @@ _ESTIMATORS = {
     "exact": measured_coupling,
     "pairs": measured_coupling,
     "attention": attention_coupling,
+    "overlap": overlap_coupling,
 }
 
 

@@ -1,0 +1,50 @@
+"""Coupling by attention and by what two predictions are unsure of; costs no forward.
+
+    kappa_ij = a_ij sum_v sqrt(p_i(v) (1 - p_i(v)) p_j(v) (1 - p_j(v)))
+
+where `a` is the attention between the rows as in `attention`. The sum is the overlap of the standard
+deviations of the two tokens' indicators, which bounds the sum of their covariances over equal tokens:
+large where both hesitate over the same tokens, zero where one is decided. Two positions that compete
+for a token (or must repeat it) depend on each other; a dependence between different tokens is missed.
+
+Legend: `C` pool of one request, `r` rows of one tile, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from boe_vllm.arrays import FloatArray
+from boe_vllm.steering.asks import Coupling
+from boe_vllm.steering.coupling.attention import mutual_attention
+from boe_vllm.steering.step import Answer, DenoisingPass
+
+
+def overlap_coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]) -> list[Answer]:
+    """[C, C] per ask from the step's own attention and predictions."""
+    return [
+        Answer(value=mutual_attention(current, s, ask.pool) * _overlap(current, s, ask))
+        for s, ask in asks
+    ]
+
+
+def _overlap(current: DenoisingPass, s: int, ask: Coupling) -> FloatArray:
+    """[C, C] overlaps; the predictions are read tile by tile, so that memory stays bounded."""
+    rows = current.logit_rows(s, ask.pool)
+    overlap = np.empty((len(rows), len(rows)))
+    for left, logp_rV in current.log_probs.rows(rows):
+        spread_rV = _spread(logp_rV)
+        for right, other_rV in current.log_probs.rows(rows[: left.stop]):
+            part = spread_rV @ _spread(other_rV).mT
+            overlap[left, right] = part.double().cpu().numpy()
+            overlap[right, left] = overlap[left, right].T
+    return overlap
+
+
+def _spread(logp_rV: torch.Tensor) -> torch.Tensor:
+    """Standard deviations of the tokens' indicators, `sqrt(p (1 - p))`."""
+    p = logp_rV.exp()
+    return (p * (1 - p)).clamp_(min=0).sqrt_()
