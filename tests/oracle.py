@@ -65,8 +65,8 @@ def random_weights(config: LLaDAConfig, *, seed: int = 0, dtype=torch.float32) -
 
 @dataclasses.dataclass
 class Dense:
-    """The oracle network: `logits`, with every layer's keys and values left in `kv`, its queries and
-    attention outputs in `attention`."""
+    """The oracle network: `logits`, with every layer's keys and values left in `kv`, its queries
+    and attention outputs in `attention`."""
 
     config: LLaDAConfig
     weights: dict[str, Tensor]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Dense
-from test_importance import ask_for, make_pass, open_rows, setting
+from test_importance import ask_for, make_pass, open_rows, response_drops, setting
 from test_loop import NEEDED, VARIANTS, finish, make_loop, params_of
 
 from boe_vllm.config import parse_sampler_config
@@ -82,6 +82,24 @@ def importance_oracle(pair, ask):
     at = [x.requires_grad_() for x in at]
     networks = [Kept(dense, x, rows, ask) for x in pair.x]
     entropy = pair.entropies(at, open_rows(ask, rows), networks)[objective].sum()
+    if ask.surrogate in ("response", "rectified"):
+        return sum(
+            response_drops(
+                dense,
+                network,
+                x,
+                ask,
+                soft,
+                positions,
+                torch.autograd.grad(
+                    entropy,
+                    [o for _, o in network.attention],
+                    allow_unused=True,
+                    retain_graph=True,
+                ),
+            )
+            for network, x in zip(networks, pair.x, strict=True)
+        )
     if ask.surrogate != "kv":
         gradients = torch.autograd.grad(entropy, at)
         return -sum((g[positions] * (soft - mask)).sum(-1) for g in gradients)
@@ -128,6 +146,8 @@ CASES = [
     {"surrogate": "mask", "active": "masked", "objective": "remaining", "sharpen": 0.5},
     {"surrogate": "kv", "active": "masked"},
     {"surrogate": "kv", "active": "candidates"},
+    {"surrogate": "response", "active": "masked"},
+    {"surrogate": "rectified", "active": "all"},
     {"surrogate": "inject", "active": "masked"},
     {"surrogate": "inject", "active": "masked", "context": "exact"},
     {"surrogate": "inject", "active": "all", "context": "exact"},

@@ -131,13 +131,18 @@ def response_oracle(dense, rows, ask, x, soft, positions, objective):
     """Gradients at every row's attention output, and those outputs computed again one by one."""
     x = x.clone().requires_grad_()
     entropy = dense.entropies(dense.logits(x, open_rows(ask, rows)))[objective].sum()
-    layers = [(q.detach(), o.detach()) for q, o in dense.attention]
     outputs = [o for _, o in dense.attention]
     gradients = torch.autograd.grad(entropy, outputs, allow_unused=True)
-    old = [(k.detach(), v.detach()) for k, v in dense.kv]
+    return response_drops(dense, dense, x.detach(), ask, soft, positions, gradients)
+
+
+def response_drops(dense, network, x, ask, soft, positions, gradients):
+    """[C] drops of entropy, given what `network` left behind of `x` and the gradients there."""
+    layers = [(q.detach(), o.detach()) for q, o in network.attention]
+    old = [(k.detach(), v.detach()) for k, v in network.kv]
     scores = []
     for position, write in zip(positions, soft, strict=True):
-        changed = x.detach().clone()
+        changed = x.clone()
         changed[position] = write
         dense.logits(changed, frozen=(int(position), old))
         revealed = [(k[position], v[position]) for k, v in dense.kv]
@@ -147,7 +152,7 @@ def response_oracle(dense, rows, ask, x, soft, positions, objective):
                 continue
             k, v = k.clone(), v.clone()
             k[position], v[position] = new
-            now = dense.attend(q, k, v)
+            now = Dense.attend(dense, q, k, v)
             for row in range(len(x)):
                 drop = -float((gradient[row] * (now[row] - was[row])).sum())
                 if row != position:

@@ -7,7 +7,16 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("throughput", "steering", "attention", "scaling", "memory", "overhead", "policies")
+BENCHMARKS = (
+    "throughput",
+    "steering",
+    "attention",
+    "scaling",
+    "memory",
+    "overhead",
+    "policies",
+    "fidelity",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+import boe_vllm
 from boe_vllm.engine.heap import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+TINY = "tiny"
+"""The bundled checkpoint, for `--model`."""
 
 
 class UsageError(ValueError):
@@ -30,7 +35,7 @@ class UsageError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every benchmark; each sets its own defaults for the sizes of the work."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="a checkpoint's folder; default: random weights")
+    model.add_argument("--model", help="a checkpoint's folder, or tiny: the bundled one")
     model.add_argument("--d-model", type=int, default=512, help="width of the random model")
     model.add_argument("--layers", type=int, default=8)
     model.add_argument("--heads", type=int, default=8)
@@ -76,6 +81,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--device: got cuda, but torch sees no CUDA device; use --device cpu")
     if args.dtype is None:
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if args.model == TINY:
+        args.model = boe_vllm.tiny_model_path()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
 """Token Importance Scores (eq. 14) of all steering requests of a batch, in shared passes.
 
-For "mask", "kv", "response" and "rectified" one backward through the kept rows of the step's own
-pass serves every request; for "inject" a second forward over the relaxed states precedes it. Sequences do not see each other,
-so each request's gradient is its own although all objectives are summed.
+For all surrogates but "inject" one backward through the kept rows of the step's own pass serves
+every request; for "inject" a second forward over the relaxed states precedes it. Sequences do not
+see each other, so each request's gradient is its own although all objectives are summed.
 
 Legend: `C` packed candidates, `O` packed objective rows, `K` kept rows, `D` width.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from boe_vllm.arrays import IntArray
 from boe_vllm.distributions import entropy_gradient
 from boe_vllm.models.functional import accurate

@@ -13,8 +13,9 @@ where `d_ij` is how `o_j` changes when row i's key and value are replaced, exact
     d_ij = p' (V'_i - r) - p (V_i - r),    r = (o_j - p V_i) / (1 - p) the mean of all other values,
     p' = sigmoid(ln p - ln(1 - p) + scale q_j (K'_i - K_i)) the new weight on i
 
-"kv" linearises the softmax as well and lets the candidate's own row respond, although it is written;
-"rectified" (ours) leaves out what the linearisation takes for a rise of entropy. No further forward.
+"kv" linearises the softmax as well and lets the candidate's own row respond, although it is
+written; "rectified" (ours) leaves out what the linearisation takes for a rise of entropy. None of
+them costs a further forward than that which reveals the keys and values.
 
 Legend: `C` packed candidates, `c` those of one request, `K` kept rows, `k` those of one sequence,
 `s` its key rows, `H`/`G` heads of queries/keys, `P` size of a head.
@@ -40,7 +41,7 @@ Tensor = torch.Tensor
 
 
 class Responses:
-    """Sees a backward (`LLaDAForDiffusion.backward`, `observe`) and adds up the candidates' drops."""
+    """Watches a backward (`observe`) and adds up the candidates' drops of entropy."""
 
     def __init__(self, current: DenoisingPass, parts: Sequence[Part], changes: Revealed) -> None:
         """Listen for some parts.

@@ -2,10 +2,11 @@
 
     kappa_ij = a_ij sum_v sqrt(p_i(v) (1 - p_i(v)) p_j(v) (1 - p_j(v)))
 
-where `a` is the attention between the rows as in `attention`. The sum is the overlap of the standard
-deviations of the two tokens' indicators, which bounds the sum of their covariances over equal tokens:
-large where both hesitate over the same tokens, zero where one is decided. Two positions that compete
-for a token (or must repeat it) depend on each other; a dependence between different tokens is missed.
+where `a` is the attention between the rows as in `attention`. The sum is the overlap of the
+standard deviations of the tokens' indicators, and bounds the sum of their covariances over equal
+tokens: it is large where both hesitate over the same tokens and zero where one is decided. Two
+positions that compete for a token (or must repeat it) depend on each other; a dependence between
+different tokens is missed.
 
 Legend: `C` pool of one request, `r` rows of one tile, `V` vocabulary.
 """
