@@ -91,8 +91,8 @@ class ChoicesPolicy(Policy):
     def _choose(self, values: np.ndarray, view: View) -> int:
         if view.temperature > 0:
             on_grid = np.round(values / SCORE_GRID) * SCORE_GRID
-            p = torch.from_numpy(on_grid / view.temperature).softmax(-1)
-            p = self.rule.filter(p[None])[0].cumsum(-1).numpy()
+            tempered = torch.from_numpy(on_grid / view.temperature).softmax(-1)
+            p = self.rule.filter(tempered[None])[0].cumsum(-1).numpy()
             (number,) = randomness.uniforms(
                 view.seed, step=0, positions=np.array([0]), stream=randomness.CHOOSE
             )
