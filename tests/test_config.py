@@ -14,7 +14,7 @@ BAD = [
     ({"policy": "boe", "rho": 0}, r"rho: .*greater than 0"),
     ({"policy": "boe", "rho": "much"}, r"rho: .*valid number.*'much'"),
     ({"policy": "boe", "rho": float("nan")}, r"rho: .*finite"),
-    ({"policy": "boe", "surrogate": "gumbel"}, r"surrogate: .*'mask', 'inject' or 'kv'"),
+    ({"policy": "boe", "surrogate": "gumbel"}, r"surrogate: .*'mask', 'inject'"),
     ({"policy": "boe", "preset": "nope"}, r"preset: .*'paper', 'prototype'"),
     ({"policy": "boe", "surogate": "kv"}, r"unknown field 'surogate'.*did you mean 'surrogate'"),
     ({"rho": 0.5}, r"unknown field 'rho' for policy 'confidence'"),
