@@ -371,6 +371,8 @@ def test_the_tally_adds_up_to_the_reports(model):
     loop = make_loop(model)
     for n, policy in enumerate(["boe", "confidence", "remdm", "confidence"]):
         fields = {"policy": policy, "tokens_per_step": 2, "cache": "none"}
+        if policy == "boe":
+            fields["preset"] = "kv"  # has a backward
         loop.add(f"{n}", [1, 2], params_of(fields, prompt_len=2, max_tokens=12, seed=n))
     loop.step(["0", "1"])
     assert loop.read_tally()["boe/active/confidence"] == 2
