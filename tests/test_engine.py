@@ -171,7 +171,7 @@ BAD = [
     ("A:1+2=", dict(policy="nope"), r"policy: expected one of"),
     ("A:1+2=", dict(policy="boe", rho=2), r"rho: .*got 2"),
     ("A:1+2=", dict(steps=7, gen_length=32, block_length=5), r"gen_length: .*block_length"),
-    ("A:1+2=", dict(_logit_bias={1: 5.0}), r"logit_bias"),
+    ("A:1+2=", dict(_presence_penalty=0.5), r"presence_penalty"),
 ]
 
 

@@ -251,7 +251,10 @@ def test_nothing_is_looked_at_when_nothing_is_left_to_choose():
         ({"policy": "lookahead", "rho": 0}, "rho: input should be greater than 0"),
         ({"policy": "lookahead", "write": "x"}, "write: input should be 'soft' or 'proposal'"),
         ({"policy": "lookahead", "score": "x"}, "score: input should be 'drop' or 'remaining'"),
-        ({"policy": "lookahead", "sharpen": 0}, "sharpen: input should be greater than 0"),
+        (
+            {"policy": "lookahead", "sharpen": 0},
+            "sharpen: input should be greater than or equal to 0.01",
+        ),
     ],
 )
 def test_errors_name_the_field(fields, message):
