@@ -10,12 +10,20 @@ from pathlib import Path
 from boe_vllm import hooks
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "tiny_model_path"]
+__all__ = ["TINY", "__version__", "model_path", "tiny_model_path"]
+
+TINY = "tiny"
+"""The bundled checkpoint's name on our command lines."""
 
 
 def tiny_model_path() -> str:
     """Absolute path of the bundled checkpoint, a small LLaDA that solves puzzles."""
     return str(Path(__file__).parent.resolve() / "assets" / "tiny-llada")
+
+
+def model_path(name: str) -> str:
+    """What a command line's model name stands for: the bundled checkpoint, or itself."""
+    return tiny_model_path() if name == TINY else name
 
 
 hooks.install()

@@ -14,6 +14,7 @@ from test_loop import MASK as MODEL_MASK
 from toy import MASK, Driven, Toy, steps_by, without_repeats
 
 from boe_vllm.config import parse_sampler_config
+from boe_vllm.engine.views import view_of
 from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
@@ -177,8 +178,9 @@ def test_defaults_are_the_authors():
 
 def test_conf_spreads_sigma_by_the_confidence_at_reveal():
     """The chances are softmax(-p stored); what the model thinks now plays no part."""
-    view = Driven(Toy(0), {"policy": "remdm"}, [1], 4).canvas.view(
-        np.arange(1, 5), slice(0, 4), Toy(0).statistics([1] + [MASK] * 4, np.arange(1, 5))
+    canvas = Driven(Toy(0), {"policy": "remdm"}, [1], 4).canvas
+    view = view_of(
+        canvas, np.arange(1, 5), slice(0, 4), Toy(0).statistics([1] + [MASK] * 4, np.arange(1, 5))
     )
     rule, positions, stored = rule_of("conf"), np.arange(3), np.array([0.9, 0.1, 0.5])
     weights = [math.exp(-p) for p in stored]

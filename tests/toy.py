@@ -11,6 +11,7 @@ import numpy as np
 from boe_vllm.config import parse_sampler_config, plan_canvas
 from boe_vllm.engine.canvas import Canvas
 from boe_vllm.engine.request import RequestParams
+from boe_vllm.engine.views import view_of
 from boe_vllm.prediction import RowStatistics
 from boe_vllm.steering.asks import Lookahead, Prospect
 
@@ -120,7 +121,7 @@ class Driven:
             statistics = self.toy.statistics(canvas.tokens, rows)
             self.forwards += 1
         self.inputs.append(canvas.tokens.tolist())
-        view = canvas.view(positions, slice(0, len(rows)), statistics)
+        view = view_of(canvas, positions, slice(0, len(rows)), statistics)
         generator, reply = canvas.policy.step(view), None
         while True:
             try:

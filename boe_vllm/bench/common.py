@@ -21,10 +21,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-TINY = "tiny"
-"""The bundled checkpoint, for `--model`."""
-
-
 class UsageError(ValueError):
     """Options that do not fit each other."""
 
@@ -81,8 +77,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--device: got cuda, but torch sees no CUDA device; use --device cpu")
     if args.dtype is None:
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if args.model == TINY:
-        args.model = boe_vllm.tiny_model_path()
+    if args.model is not None:
+        args.model = boe_vllm.model_path(args.model)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()

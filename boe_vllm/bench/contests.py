@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from boe_vllm import frequencies
-from boe_vllm.config import SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.engine.canvas import RequestParams
+from boe_vllm.bench.states import open_request
+from boe_vllm.config import SamplerConfig, parse_sampler_config
 from boe_vllm.engine.loop import DenoisingLoop
-from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.tasks import GeneratedTask, Item
 
 
@@ -51,13 +48,13 @@ class Cell:
 
 
 class Arena:
-    """A model with its tokenizer, ready to decode tasks."""
+    """A loop and a tokenizer, ready to decode tasks."""
 
     def __init__(
-        self, model: LLaDAForDiffusion, tokenizer: Tokenizer, *, running: int, seed: int
+        self, loop: DenoisingLoop, tokenizer: Tokenizer, *, running: int, seed: int
     ) -> None:
-        """`running` items are decoded at a time; `seed` draws the items and seeds the requests."""
-        self.model, self.tokenizer = model, tokenizer
+        """`running` items are decoded at a time; `seed` draws the items."""
+        self.loop, self.tokenizer = loop, tokenizer
         self.running, self.seed = running, seed
 
     def contest(
@@ -79,7 +76,7 @@ class Arena:
             }
         )
         start = time.perf_counter()
-        answers, costs = self._decode(items, config)
+        answers, costs = self._decode(items, config, task.gen_length)
         seconds = time.perf_counter() - start
         valid = [task.score(item, text).valid for item, text in zip(items, answers, strict=True)]
 
@@ -99,17 +96,9 @@ class Arena:
         )
 
     def _decode(
-        self, items: Sequence[Item], config: SamplerConfig
+        self, items: Sequence[Item], config: SamplerConfig, length: int
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Texts and costs, as the engine would give them."""
-        facts = self.model.config
-        loop = DenoisingLoop(
-            self.model,
-            mask_token_id=facts.mask_token_id,
-            eos_token_id=facts.eos_token_id or 0,
-            late_tokens=frozenset(),
-            device=torch.device("cpu"),
-        )
+        """Texts and costs, as the engine would give them; canvases of `length` tokens."""
         texts = [""] * len(items)
         costs: list[dict[str, Any]] = [{} for _ in items]
         tokens: dict[str, list[int]] = {}
@@ -118,17 +107,9 @@ class Arena:
             while waiting and len(tokens) < self.running:
                 number = waiting.pop()
                 prompt = self.tokenizer.encode(items[number].prompt, add_special_tokens=False).ids
-                plan = plan_canvas(
-                    config,
-                    prompt_len=len(prompt),
-                    max_tokens=16,
-                    max_model_len=facts.max_sequence_length,
-                )
-                # Every contestant sees the same seeds, apart from those of the items.
-                params = RequestParams(config=config, plan=plan, temperature=0.0, seed=number)
-                loop.add(str(number), prompt, params)
+                open_request(self.loop, number, prompt, config, canvas=length)
                 tokens[str(number)] = []
-            for name, result in loop.step(list(tokens)).items():
+            for name, result in self.loop.step(list(tokens)).items():
                 if result.error:
                     raise RuntimeError(f"item {name}: {result.error}")
                 tokens[name] += result.tokens
@@ -137,16 +118,18 @@ class Arena:
                         tokens.pop(name), skip_special_tokens=False
                     )
                     costs[int(name)] = result.report
-                    loop.remove(name)
+                    self.loop.remove(name)
         return texts, costs
 
 
-def frequency_table(tokenizer: Tokenizer, tasks: Sequence[GeneratedTask], texts: int = 2000) -> str:
-    """The path of a table for `pc`, counted on training items of the tasks."""
+def frequency_table(
+    tokenizer: Tokenizer, tasks: Sequence[GeneratedTask], folder: str, texts: int = 2000
+) -> str:
+    """The path of a table for `pc` in `folder`, counted on training items of the tasks."""
     corpus = []
     for task in tasks:
         stream = task.stream(seed=0)
         corpus += [item.prompt + item.answer for item, _ in zip(stream, range(texts), strict=False)]
-    path = Path(tempfile.mkdtemp(prefix="boe_vllm_")) / "frequencies.json"
+    path = Path(folder) / "frequencies.json"
     path.write_text(json.dumps(frequencies.count(tokenizer, corpus)))
     return str(path)

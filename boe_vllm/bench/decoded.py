@@ -1,7 +1,7 @@
 """States from real decodes: unseen puzzles, written by confidence one token a step, and stopped.
 
-`pass_over` is the step's own forward over such states, as the loop makes it; `one_step` puts them
-into a loop, as requests that begin in the middle.
+They are put into a loop as requests that begin in the middle: `pass_over` is the loop's own forward
+over them, `one_step` a whole step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from boe_vllm.arrays import IntArray
-from boe_vllm.config import SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.engine.canvas import RequestParams
+from boe_vllm.bench.states import clear, open_request
+from boe_vllm.config import SamplerConfig, parse_sampler_config
 from boe_vllm.engine.loop import DenoisingLoop
-from boe_vllm.prediction import LogProbabilities, RowStatistics, RowWrites, read_statistics
-from boe_vllm.rows import SequenceRows, pack
-from boe_vllm.steering.step import DenoisingPass, NextStep
+from boe_vllm.prediction import RowStatistics
+from boe_vllm.steering.step import DenoisingPass
 from boe_vllm.tasks import GeneratedTask
 
 PHASES = {"early": 5 / 6, "middle": 1 / 2, "late": 2 / 9}
@@ -68,8 +67,10 @@ def _decode(
     length = task.gen_length
     config = parse_sampler_config({"policy": "confidence", "block_length": length})
     items = task.items(numbers.stop, seed=seed, split="test")
-    prompts = {n: tokenizer.encode(items[n].prompt, add_special_tokens=False).ids for n in numbers}
-    _open(loop, {n: (prompt, config, length) for n, prompt in prompts.items()})
+    clear(loop)
+    for n in numbers:
+        prompt = tokenizer.encode(items[n].prompt, add_special_tokens=False).ids
+        open_request(loop, n, prompt, config, canvas=length)
     stops = {round(share * length): phase for phase, share in PHASES.items()}
     states = []
     for left in range(length, min(stops) - 1, -1):
@@ -94,39 +95,11 @@ def pass_over(
     loop: DenoisingLoop, states: Sequence[DecodedState]
 ) -> tuple[DenoisingPass, list[RowStatistics]]:
     """The forward over the states with all that asks may need, and its statistics per state."""
-    sequences = tuple(
-        SequenceRows(tokens=state.tokens, logit_positions=state.masked, keep="masked")
-        for state in states
-    )
-    layout = pack(sequences, loop.device)
-    hidden, tape = loop.model.run(loop.model.embed(layout.tokens), layout)
-    none = np.zeros(len(hidden), np.int64)
-    log_probs = LogProbabilities(
-        loop.model,
-        hidden,
-        mask_token_id=loop.mask_token_id,
-        eos_token_id=loop.eos_token_id,
-        forbidden=none,
-        budget_bytes=loop.budget_bytes,
-    )
-    writes = RowWrites(temperature=np.zeros(len(hidden)), uniform=np.full(len(hidden), 0.5))
-    statistics = read_statistics(log_probs, writes, keep=True)
-    current = DenoisingPass(
-        model=loop.model,
-        sequences=sequences,
-        layout=layout,
-        log_probs=log_probs,
-        tape=tape,
-        next_steps=tuple(
-            NextStep(temperature=0.0, uniforms=lambda positions: np.full(len(positions), 0.5))
-            for _ in states
-        ),
-        row_budget=loop.row_budget,
-    )
-    starts = layout.logit_starts
+    _open(loop, states, {"policy": "boe", "preset": "kv"})  # which keeps the masked rows
+    current, statistics = loop.predict(list(loop.canvases.values()))
     parts = [
         statistics.part(slice(start, start + len(state.masked)))
-        for start, state in zip(starts, states, strict=True)
+        for start, state in zip(current.layout.logit_starts, states, strict=True)
     ]
     return current, parts
 
@@ -135,7 +108,13 @@ def one_step(
     loop: DenoisingLoop, states: Sequence[DecodedState], fields: Mapping[str, Any]
 ) -> Callable[[], Any]:
     """Put the states into the loop, in place of whatever was there, and return the step."""
-    requests = {}
+    _open(loop, states, fields)
+    return lambda: loop.step(list(loop.canvases))
+
+
+def _open(loop: DenoisingLoop, states: Sequence[DecodedState], fields: Mapping[str, Any]) -> None:
+    """The loop with requests that begin in these states and no others."""
+    clear(loop)
     for n, state in enumerate(states):
         start = len(state.tokens) - state.canvas
         template = _template(state.tokens[start:], loop.mask_token_id)
@@ -143,22 +122,7 @@ def one_step(
             {"block_length": state.canvas, "canvas_template": template, **fields},
             base=SamplerConfig(),
         )
-        requests[n] = (state.tokens[:start].tolist(), config, state.canvas)
-    _open(loop, requests)
-    return lambda: loop.step(list(loop.canvases))
-
-
-def _open(
-    loop: DenoisingLoop, requests: Mapping[int, tuple[list[int], SamplerConfig, int]]
-) -> None:
-    """The loop with these requests (prompt, settings, canvas) and no others."""
-    for request_id in list(loop.canvases):
-        loop.remove(request_id)
-    longest = loop.model.config.max_sequence_length
-    for n, (prompt, config, canvas) in requests.items():
-        plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=canvas, max_model_len=longest)
-        params = RequestParams(config=config, plan=plan, temperature=0.0, seed=n)
-        loop.add(str(n), prompt, params)
+        open_request(loop, n, state.tokens[:start].tolist(), config, canvas=state.canvas)
 
 
 def _template(canvas: IntArray, mask: int) -> list[int | list[int]]:

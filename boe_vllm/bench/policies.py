@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from boe_vllm.bench import checkpoint, common
 from boe_vllm.bench.contests import Arena, Cell, frequency_table
 from boe_vllm.bench.machine import Environment, print_facts
 from boe_vllm.bench.paired import mcnemar
+from boe_vllm.bench.states import open_loop
 from boe_vllm.eval.statistics import wilson
-from boe_vllm.tasks import TASKS
+from boe_vllm.tasks import TASKS, GeneratedTask
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "random": {"policy": "random"},
@@ -81,23 +84,10 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.read_config(args)
     model = checkpoint.load_model(args, config, checkpoint.read_tensors(args, config))
     tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
-    arena = Arena(model, tokenizer, running=args.requests, seed=args.seed)
+    arena = Arena(open_loop(args, model), tokenizer, running=args.requests, seed=args.seed)
     tasks = [TASKS[name] for name in args.tasks]
-    known = {cell.key: cell for cell in _read(args.cells) if len(cell.valid) == args.items}
-    table = frequency_table(tokenizer, list(TASKS.values())) if "pc" in args.policies else None
-    cells = []
-    for task in tasks:
-        for name in args.policies:
-            for budget in [1] if name in ADAPTIVE else args.budgets:
-                if budget > task.gen_length:
-                    continue
-                cell = known.get((task.name, name, budget))
-                if cell is None:
-                    fields = CONTESTANTS[name] | ({"frequencies": table} if name == "pc" else {})
-                    cell = arena.contest(task, args.items, name, fields, budget)
-                    _append(args.cells, cell)
-                    common.progress(f"{cell.key}: {cell.share:.3f} in {cell.seconds:.0f} s")
-                cells.append(cell)
+    with tempfile.TemporaryDirectory(prefix="boe_vllm_") as folder:
+        cells = _cells(arena, tasks, folder, args)
     facts = environment.facts()
     details = [_row(cell) for cell in cells]
     for task in tasks:
@@ -125,6 +115,29 @@ def run(args: argparse.Namespace) -> None:
         environment=facts,
         args=argparse.Namespace(**(vars(args) | {"cells": str(args.cells or "")})),
     )
+
+
+def _cells(
+    arena: Arena, tasks: Sequence[GeneratedTask], folder: str, args: argparse.Namespace
+) -> list[Cell]:
+    """All cells, those that are not known run now; the table that `pc` needs lies in `folder`."""
+    known = {cell.key: cell for cell in _read(args.cells) if len(cell.valid) == args.items}
+    contestants = {name: CONTESTANTS[name] for name in args.policies}
+    if "pc" in contestants:
+        table = frequency_table(arena.tokenizer, list(TASKS.values()), folder)
+        contestants["pc"] = contestants["pc"] | {"frequencies": table}
+    cells = []
+    for task, (name, fields) in itertools.product(tasks, contestants.items()):
+        for budget in [1] if name in ADAPTIVE else args.budgets:
+            if budget > task.gen_length:
+                continue
+            cell = known.get((task.name, name, budget))
+            if cell is None:
+                cell = arena.contest(task, args.items, name, fields, budget)
+                _append(args.cells, cell)
+                common.progress(f"{cell.key}: {cell.share:.3f} in {cell.seconds:.0f} s")
+            cells.append(cell)
+    return cells
 
 
 def _row(cell: Cell) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from boe_vllm.arrays import IntArray
 from boe_vllm.bench.flops import StepRows
-from boe_vllm.config import parse_sampler_config, plan_canvas
+from boe_vllm.config import SamplerConfig, parse_sampler_config, plan_canvas
 from boe_vllm.engine.canvas import RequestParams
 from boe_vllm.engine.loop import DenoisingLoop, StepResult
 from boe_vllm.models.config import LLaDAConfig
@@ -83,18 +83,38 @@ def open_loop(args: argparse.Namespace, model: LLaDAForDiffusion) -> DenoisingLo
     )
 
 
+def clear(loop: DenoisingLoop) -> None:
+    """Forget all requests."""
+    for request_id in list(loop.canvases):
+        loop.remove(request_id)
+
+
+def open_request(
+    loop: DenoisingLoop, number: int, prompt: list[int], config: SamplerConfig, *, canvas: int
+) -> None:
+    """Put a request into the loop: greedy, with its number for name and seed.
+
+    Args:
+        loop: where to.
+        number: of the request.
+        prompt: token ids.
+        config: its settings.
+        canvas: tokens of its canvas.
+    """
+    length = len(prompt) + canvas
+    plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=canvas, max_model_len=length)
+    params = RequestParams(config=config, plan=plan, temperature=0.0, seed=number)
+    loop.add(str(number), prompt, params)
+
+
 def one_step(
     loop: DenoisingLoop, state: State, fields: Mapping[str, Any]
 ) -> Callable[[], dict[str, StepResult]]:
     """Put the state's requests into the loop, in place of any others, and return the step."""
-    for request_id in list(loop.canvases):
-        loop.remove(request_id)
-    length = state.tokens.shape[1]
+    clear(loop)
     config = parse_sampler_config(fields)
-    plan = plan_canvas(config, prompt_len=length - 1, max_tokens=1, max_model_len=length)
     for n, tokens in enumerate(state.tokens):
-        params = RequestParams(config=config, plan=plan, temperature=0.0, seed=n)
-        loop.add(str(n), tokens[:-1].tolist(), params)
+        open_request(loop, n, tokens[:-1].tolist(), config, canvas=1)
     return lambda: loop.step(list(loop.canvases))
 
 

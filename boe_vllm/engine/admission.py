@@ -109,8 +109,6 @@ def check(
         mask = vllm_config.model_config.hf_config.mask_token_id
         infill = list(prompt_token_ids).count(mask)
         settings.check(config, plan, policy, prompt_len=len(prompt_token_ids), infill=infill)
-    except VLLMValidationError:
-        raise
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
     return plan

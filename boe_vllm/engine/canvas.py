@@ -32,7 +32,6 @@ from boe_vllm.engine.record import (
     token_logprobs,
 )
 from boe_vllm.engine.request import RequestParams
-from boe_vllm.engine.views import view_of
 from boe_vllm.policies import Policy, load_policy
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
@@ -152,10 +151,6 @@ class Canvas(Blocks):
             top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
             cache=self.cache_plan(ahead=1),
         )
-
-    def view(self, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:
-        """What the policy sees; see `views.view_of`."""
-        return view_of(self, positions, rows, statistics)
 
     def apply(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.engine.canvas import Canvas
+from boe_vllm.engine.views import view_of
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.prediction import RowStatistics
 from boe_vllm.steering.answers import answer
@@ -54,7 +55,7 @@ def views_of(
                 f"{canvas.account.denoising_steps}; check the checkpoint and the dtype"
             )
             continue
-        views[n] = canvas.view(current.sequences[n].logit_positions, rows, own)
+        views[n] = view_of(canvas, current.sequences[n].logit_positions, rows, own)
     return views
 
 

@@ -124,7 +124,7 @@ class DenoisingLoop:
         before = _costs(canvases)
         errors = Errors()
         with self.clock.part("forward"):
-            current, statistics = self._predict(canvases)
+            current, statistics = self.predict(canvases)
         with self.clock.part("policy"):
             views = views_of(canvases, current, statistics, errors)
             commits = decide(canvases, current, views, errors)
@@ -149,7 +149,7 @@ class DenoisingLoop:
 
     # ---- stages --------------------------------------------------------------------------------
 
-    def _predict(self, canvases: Sequence[Canvas]) -> tuple[DenoisingPass, RowStatistics]:
+    def predict(self, canvases: Sequence[Canvas]) -> tuple[DenoisingPass, RowStatistics]:
         """The step's own forward and the statistics of every writable position."""
         plans = [canvas.cache_plan() for canvas in canvases]
         sequences = tuple(map(_rows_of, canvases, plans))

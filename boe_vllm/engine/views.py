@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from boe_vllm.arrays import IntArray
+from boe_vllm.engine.canvas import Canvas
 from boe_vllm.policies.base import Revision, View
 from boe_vllm.prediction import RowStatistics
-
-if TYPE_CHECKING:
-    from boe_vllm.engine.canvas import Canvas
 
 
 def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from boe_vllm import TINY
 from boe_vllm.eval.presets import PRESETS, Preset
-from boe_vllm.eval.settings import TINY, Settings
+from boe_vllm.eval.settings import Settings
 from boe_vllm.eval.variants import Variant, parse, parse_fields
 from boe_vllm.tasks import FILE_TASKS, TASKS
 

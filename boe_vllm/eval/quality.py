@@ -69,7 +69,6 @@ class Scorer:
         ids = torch.tensor([tokens], device=self._model.device)
         out = self._model(ids, output_hidden_states=True)
         features = out.hidden_states[-1][0, -1].float().cpu().numpy()
-        own = ids[0, first:]
         logprobs = torch.log_softmax(out.logits[0, first - 1 : -1].float(), -1)
         own = ids[0, first:]
         loss = -logprobs.gather(-1, own[:, None]).sum().item()

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from boe_vllm import TINY
 from boe_vllm.eval import arguments, report
 from boe_vllm.eval.cells import Cell, Job, make_cells, make_jobs
 from boe_vllm.eval.ledger import Ledger, Record
 from boe_vllm.eval.prompts import Prompts
-from boe_vllm.eval.settings import TINY, Settings
+from boe_vllm.eval.settings import Settings
 from boe_vllm.tasks import TASKS, FileTask, Item, Score, Task, open_task
 
 if TYPE_CHECKING:

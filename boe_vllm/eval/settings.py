@@ -12,7 +12,6 @@ from typing import Any
 import boe_vllm
 from boe_vllm.eval.variants import Variant
 
-TINY = "tiny"
 SMALL = 256 << 20  # bytes; larger files are told apart by their sizes
 
 
@@ -47,7 +46,7 @@ class Settings:
     @property
     def model_path(self) -> str:
         """What vLLM is given."""
-        return boe_vllm.tiny_model_path() if self.model == TINY else self.model
+        return boe_vllm.model_path(self.model)
 
     def identity(self, task_files: dict[str, Path]) -> dict[str, Any]:
         """Everything that the results depend on, JSON-ready."""

@@ -23,17 +23,14 @@ from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
-    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 
@@ -51,27 +48,14 @@ from boe_vllm.models.functional import (
     swiglu_,
     swiglu_backward,
 )
+from boe_vllm.models.parallel import (
+    FrozenEmbeddingMethod,
+    FrozenLinearMethod,
+    sum_over_ranks,
+)
 from boe_vllm.rows import RowLayout
 
 Tensor = torch.Tensor
-
-
-class FrozenLinearMethod(UnquantizedLinearMethod):
-    """vLLM's unquantised linear method, keeping the weight as it is for the backward."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Keep the weight: vLLM's CPU path packs it away and drops the original."""
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ weight.T`, row by row independent of the batch."""
-        return matmul_rows(x, layer.get_parameter("weight").t())
-
-
-class FrozenEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """As `FrozenLinearMethod`, for embeddings and the output head."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Keep the weight."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -164,7 +148,7 @@ class LLaDABlock(nn.Module):
         `open_K11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0.
         """
         dgate_up = swiglu_backward(matmul_rows(dx_KD, self.ff_out.weight), tape.gate_up_K2F)
-        dnormed = _reduced(matmul_rows(dgate_up, self.gate_up_proj.weight))
+        dnormed = sum_over_ranks(matmul_rows(dgate_up, self.gate_up_proj.weight))
         dx_KD = dx_KD + rms_norm_backward(dnormed, tape.after_attention_KD, self.ff_norm, self.eps)
         dmixed = matmul_rows(dx_KD, self.attn_out.weight).view(len(dx_KD), -1, self.head_size)
         dmixed = dmixed * open_K11
@@ -177,7 +161,7 @@ class LLaDABlock(nn.Module):
             scale=self.scale,
         )
         dqkv = torch.cat([rotate_backward(dq, rotary), rotate_backward(dk, rotary), dv], dim=1)
-        dnormed = _reduced(matmul_rows(dqkv.reshape(len(dx_KD), -1), self.qkv_proj.weight))
+        dnormed = sum_over_ranks(matmul_rows(dqkv.reshape(len(dx_KD), -1), self.qkv_proj.weight))
         return (
             dx_KD + rms_norm_backward(dnormed, tape.before_KD, self.attn_norm, self.eps),
             dmixed,
@@ -295,11 +279,11 @@ class LLaDAForDiffusion(nn.Module):
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:
         """Gradient of `logits` with respect to the hidden states, [R, D]."""
-        return _reduced(matmul_rows(self._shard(dlogits_RV, self.head), self.head.weight))
+        return sum_over_ranks(matmul_rows(self._shard(dlogits_RV, self.head), self.head.weight))
 
     def soft_embed(self, probabilities_RV: Tensor) -> Tensor:
         """Expected embedding `E^T pi` (eq. 10), [R, D]."""
-        return _reduced(matmul_rows(self._shard(probabilities_RV, self.wte), self.wte.weight))
+        return sum_over_ranks(matmul_rows(self._shard(probabilities_RV, self.wte), self.wte.weight))
 
     def _shard(self, x_RV: Tensor, layer: VocabParallelEmbedding) -> Tensor:
         """The columns of this rank, padded to the rows of the layer's weight."""
@@ -333,10 +317,3 @@ class LLaDAForDiffusion(nn.Module):
             ValueError: naming every missing or unexpected tensor.
         """
         return weights.load(self, tensors)
-
-
-def _reduced(x: Tensor) -> Tensor:
-    """Sum over the tensor-parallel ranks."""
-    if get_tensor_model_parallel_world_size() == 1:
-        return x
-    return tensor_model_parallel_all_reduce(x)

@@ -83,7 +83,7 @@ def _single_pass(
     change = accurate(soft) - accurate(_mask_embedding(current, soft.dtype))
     scores = -(accurate(dx[kept]) * change).sum(-1)
     if observe is not None:
-        scores[places] = observe.drops().to(scores)
+        scores[places] = observe.drops_C.to(scores)
     return [
         Answer(
             value=value,

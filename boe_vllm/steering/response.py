@@ -27,12 +27,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
 
 from boe_vllm.models.functional import accurate
+from boe_vllm.models.parallel import sum_over_ranks
 from boe_vllm.steering.parts import Part
 from boe_vllm.steering.step import DenoisingPass
 from boe_vllm.steering.surrogate import Revealed
@@ -56,6 +53,7 @@ class Responses:
         self.spans = [slice(e - len(p.ask.candidates), e) for e, p in zip(ends, parts, strict=True)]
         dtype = torch.promote_types(current.log_probs.hidden_RD.dtype, torch.float32)
         self.drops_C = torch.zeros(int(ends[-1]), dtype=dtype, device=current.device)
+        """[C] over all layers so far and, under tensor parallelism, all heads; nats."""
 
     def __call__(self, layer: int, dmixed_KHP: Tensor, dk_KGP: Tensor, dv_KGP: Tensor) -> None:
         """One layer's gradients."""
@@ -66,17 +64,13 @@ class Responses:
                 drop = self._response(layer, part, span, dmixed_KHP)
             self.drops_C[span] += drop
 
-    def drops(self) -> Tensor:
-        """[C] over all layers and, under tensor parallelism, all heads; nats."""
-        return self.drops_C
-
     def _linear(
         self, layer: int, part: Part, span: slice, dk_KGP: Tensor, dv_KGP: Tensor
     ) -> Tensor:
         rows = self._kept(part)
         keys = accurate(dk_KGP[rows]) * accurate(self.changes.keys[layer][span])
         values = accurate(dv_KGP[rows]) * accurate(self.changes.values[layer][span])
-        return -_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
+        return -sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
 
     def _response(self, layer: int, part: Part, span: slice, dmixed_KHP: Tensor) -> Tensor:
         current = self.current
@@ -107,7 +101,7 @@ class Responses:
         rest_Hkc = (own_Hk1 - was_Hkc * value_Hkc) / others_Hkc
         change_Hkc = odds_Hkc.sigmoid() * (value_Hkc + do_HkP @ dv_HcP.mT - rest_Hkc)
         change_Hkc = change_Hkc - was_Hkc * (value_Hkc - rest_Hkc)
-        drop_kc = -_over_ranks(change_Hkc.sum(0))
+        drop_kc = -sum_over_ranks(change_Hkc.sum(0))
         drop_kc[columns, torch.arange(len(columns), device=current.device)] = 0
         if part.ask.surrogate == "rectified":
             drop_kc = drop_kc.clamp_(min=0)
@@ -116,10 +110,3 @@ class Responses:
     def _kept(self, part: Part) -> Tensor:
         rows = self.current.kept_rows(part.place, part.ask.candidates)
         return torch.from_numpy(rows).to(self.current.device)
-
-
-def _over_ranks(x: Tensor) -> Tensor:
-    """The sum over the heads of all tensor-parallel ranks."""
-    if get_tensor_model_parallel_world_size() == 1:
-        return x
-    return tensor_model_parallel_all_reduce(x)

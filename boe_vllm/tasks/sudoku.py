@@ -114,6 +114,17 @@ class Board:
                 seen[unit] |= 1 << int(char)
         return all(mask == (2 << self.size) - 2 for mask in seen)
 
+    def solves(self, puzzle: str, grid: str) -> bool:
+        """Whether `grid` is solved and keeps the clues of `puzzle`, where `0` is blank."""
+        return self.is_solved(grid) and all(
+            clue in ("0", cell) for clue, cell in zip(puzzle, grid, strict=True)
+        )
+
+    def cell_accuracy(self, puzzle: str, solution: str, grid: str) -> float:
+        """Share of the puzzle's blanks that `grid` fills as the solution does."""
+        blanks = [place for place, clue in enumerate(puzzle) if clue == "0"]
+        return sum(grid[i : i + 1] == solution[i] for i in blanks) / len(blanks)
+
 
 BOARD4 = Board(size=4, box_rows=2, box_cols=2)
 BOARD6 = Board(size=6, box_rows=2, box_cols=3)
@@ -137,11 +148,7 @@ class SudokuTask(GeneratedTask):
         return item.prompt[3:-1]
 
     def is_valid(self, item: Item, answer: str) -> bool:
-        if not self.board.is_solved(answer):
-            return False
-        return all(
-            clue in ("0", cell) for clue, cell in zip(self.puzzle_of(item), answer, strict=True)
-        )
+        return self.board.solves(self.puzzle_of(item), answer)
 
 
 class UniqueSudoku(SudokuTask):
@@ -187,9 +194,7 @@ class UniqueSudoku(SudokuTask):
         return self.make_item(*self.board.symmetry(rng, self.puzzle_of(item), item.answer))
 
     def cell_accuracy(self, item: Item, answer: str) -> float:
-        blanks = [i for i, clue in enumerate(self.puzzle_of(item)) if clue == "0"]
-        right = sum(answer[i : i + 1] == item.answer[i] for i in blanks)
-        return right / len(blanks)
+        return self.board.cell_accuracy(self.puzzle_of(item), item.answer, answer)
 
 
 class Sudoku4(UniqueSudoku):

@@ -13,13 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
 
 from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.models.functional import accurate
+from boe_vllm.models.parallel import sum_over_ranks
 from boe_vllm.steering.asks import Coupling
 from boe_vllm.steering.step import Answer, DenoisingPass
 
@@ -59,9 +56,7 @@ def mutual_attention(current: DenoisingPass, s: int, pool: IntArray) -> FloatArr
         keys_HsP = tape.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
         scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
         total = total + scores.softmax(-1)[:, :, columns].sum(0)
-    if get_tensor_model_parallel_world_size() > 1:
-        total = tensor_model_parallel_all_reduce(total)
-    attention = total.double().cpu().numpy()
+    attention = sum_over_ranks(total).double().cpu().numpy()
     attention = attention + attention.T
     np.fill_diagonal(attention, 0.0)
     pairs = len(pool) * (len(pool) - 1)
