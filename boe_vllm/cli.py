@@ -10,6 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "bench": "boe_vllm.bench",
     "eval": "boe_vllm.eval",
+    "plot": "boe_vllm.pictures.plot",
+    "watch": "boe_vllm.pictures.watch",
     "count-frequencies": "boe_vllm.frequencies",
 }
 
