@@ -1,28 +1,28 @@
 """The few vLLM callables that this plugin wraps.
 
-vLLM has no extension point for five things: engine arguments of our own, the dtype of a float32
+vLLM has no extension point for six things: engine arguments of our own, the dtype of a float32
 checkpoint, a request's check against its prompt, refusing a bad streaming request before the
-stream has begun, and refusing beam search. Each wrapper
-here adds one of them and otherwise passes everything through. `patches/` holds the same changes as
-diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
+stream has begun, refusing beam search, and the exit status of a server whose engine has died. Each
+wrapper here adds one of them and otherwise passes everything through. `patches/` holds most of it
+as diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import inspect
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from boe_vllm import versions
 from boe_vllm.post_import import when_imported
+from boe_vllm.wrapping import wrap
 
 ARCHITECTURE = "LLaDAModelLM"
 FLAGS = ("sampler", "sampler_config")
-_WRAPPED = "_boe_vllm_wrapped"
+_STOPPED = "_boe_vllm_stopped"
 
 
 class SamplerName(str):
@@ -40,6 +40,7 @@ def install() -> None:
     when_imported("vllm.engine.arg_utils", _wrap_engine_args)
     when_imported("vllm.v1.engine.input_processor", _wrap_input_processor)
     when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
+    when_imported("vllm.entrypoints.launchers.api_server.entry", _wrap_api_server)
 
 
 def with_sampler(
@@ -86,32 +87,40 @@ def json_object(text: str) -> dict[str, Any]:
 def _wrap_engine_args(module: ModuleType) -> None:
     versions.check()
     engine_args = module.EngineArgs
-    _wrap(engine_args, "create_model_config", {"self"}, _create_model_config)
+    wrap(engine_args, "create_model_config", {"self"}, _create_model_config)
     if "sampler" in engine_args.__dataclass_fields__:
         return  # this vLLM has the flag itself
     for cls in (engine_args, module.AsyncEngineArgs):
-        _wrap(cls, "__init__", {"model", "additional_config"}, _init)
-    _wrap(engine_args, "add_cli_args", {"parser"}, _add_cli_args)
-    _wrap(engine_args, "from_cli_args", {"cls", "args"}, _from_cli_args)
-    _wrap(engine_args, "create_engine_config", {"self", "usage_context"}, _create_engine_config)
+        wrap(cls, "__init__", {"model", "additional_config"}, _init)
+    wrap(engine_args, "add_cli_args", {"parser"}, _add_cli_args)
+    wrap(engine_args, "from_cli_args", {"cls", "args"}, _from_cli_args)
+    wrap(engine_args, "create_engine_config", {"self", "usage_context"}, _create_engine_config)
 
 
 def _wrap_input_processor(module: ModuleType) -> None:
     versions.check()
     # The one place that every beam search passes: its own requests look like any others.
-    _wrap(module.InputProcessor, "resolve_watermarking", {"self", "params"}, _resolve_watermarking)
+    wrap(module.InputProcessor, "resolve_watermarking", {"self", "params"}, _resolve_watermarking)
     if _asks_the_model():
         return
     expected = {"request_id", "prompt", "params", "resumable"}
-    _wrap(module.InputProcessor, "process_inputs", expected, _process_inputs)
+    wrap(module.InputProcessor, "process_inputs", expected, _process_inputs)
 
 
 def _wrap_async_llm(module: ModuleType) -> None:
     versions.check()
+    wrap(module.AsyncLLM, "shutdown", {"self", "timeout"}, _shutdown)
     if _asks_the_model():
         return
     expected = {"prompt", "sampling_params", "request_id"}
-    _wrap(module.AsyncLLM, "generate", expected, _generate)
+    wrap(module.AsyncLLM, "generate", expected, _generate)
+
+
+def _wrap_api_server(module: ModuleType) -> None:
+    versions.check()
+    if hasattr(sys.modules["vllm.entrypoints.launchers.launcher"], "engine_died"):
+        return  # this vLLM exits with an error by itself
+    wrap(module, "build_and_serve", {"engine_client", "sock", "args"}, _build_and_serve)
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
@@ -247,6 +256,36 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     return generate
 
 
+def _shutdown(original: Callable[..., None]) -> Callable[..., None]:
+    """Tells a server that was told to stop from one whose engine has died."""
+
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        setattr(self, _STOPPED, True)
+        original(self, *args, **kwargs)
+
+    return shutdown
+
+
+def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A server whose engine has died exits with status 1. vLLM's several API servers do so too; its
+    single one only stops serving, and exits with 0."""
+
+    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+        closing = await original(engine_client, *args, **kwargs)
+        stopped = getattr(engine_client, _STOPPED, False)
+        if stopped or not engine_client.errored or not _is_ours(engine_client.vllm_config):
+            return closing
+        return _failed(closing)
+
+    return build_and_serve
+
+
+async def _failed(closing: Awaitable[None]) -> None:
+    """What vLLM awaits once it has cleaned up."""
+    await closing
+    raise SystemExit("boe-vllm: the engine has died, and the server with it; its log says why")
+
+
 def _asks_the_model() -> bool:
     """Whether this vLLM asks a model's config hook about requests itself."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -257,37 +296,3 @@ def _asks_the_model() -> bool:
 def _is_ours(vllm_config: Any) -> bool:
     model_config = vllm_config.model_config
     return model_config is not None and model_config.architecture == ARCHITECTURE
-
-
-def _wrap(
-    owner: type,
-    name: str,
-    expected: set[str],
-    make: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> None:
-    """Replace `owner.name` by `make` of it, once.
-
-    Raises:
-        RuntimeError: when it does not exist or lacks one of the `expected` parameters.
-    """
-    where = f"{owner.__module__}.{owner.__qualname__}.{name}"
-    found = inspect.getattr_static(owner, name, None)
-    function = getattr(found, "__func__", found)  # of a static or class method
-    if getattr(function, _WRAPPED, False):
-        return
-    if not inspect.isfunction(function):
-        raise RuntimeError(_unexpected(where, "a function", repr(found)))
-    parameters = set(inspect.signature(function).parameters)
-    if not expected <= parameters:
-        raise RuntimeError(_unexpected(where, f"parameters {sorted(expected)}", str(parameters)))
-    wrapped = functools.wraps(function)(make(function))
-    setattr(wrapped, _WRAPPED, True)
-    method_type = type(found)
-    setattr(owner, name, wrapped if method_type is type(function) else method_type(wrapped))
-
-
-def _unexpected(where: str, expected: str, got: str) -> str:
-    return (
-        f"boe-vllm cannot hook into vLLM {versions.installed()}: expected {where} with {expected}, "
-        f"got {got}; install vLLM {versions.TESTED}"
-    )

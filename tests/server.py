@@ -17,9 +17,10 @@ import boe_vllm
 
 
 class Server(str):
-    """The base URL of a server, and its process."""
+    """The base URL of a server, its process, and the model's name."""
 
     process: subprocess.Popen
+    model: str
 
 
 def free_port() -> int:
@@ -49,7 +50,7 @@ def serving(*args: str, model: str | None = None, timeout: float = 300.0):
         try:
             _wait_until_up(process, port, Path(log.name), timeout)
             server = Server(f"http://127.0.0.1:{port}")
-            server.process = process
+            server.process, server.model = process, command[2]
             yield server
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -32,7 +32,7 @@ def copy_in(path: Path, folder: Path) -> None:
 
 
 def test_there_are_patches():
-    assert len(PATCHES) == 2
+    assert len(PATCHES) == 3
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.name)
@@ -72,7 +72,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from boe_vllm.hooks import _WRAPPED
+from vllm.entrypoints.launchers.api_server import entry
+from boe_vllm.wrapping import is_wrapped
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 flags = ["--model", {small_model()!r}, "--sampler", "boe", "--sampler-config", '{{"rho": 0.5}}']
 args = AsyncEngineArgs.from_cli_args(parser.parse_args(flags))
@@ -81,7 +82,8 @@ small = dict(model={small_model()!r}, load_format="dummy", skip_tokenizer_init=T
 config = EngineArgs(**small, sampler="boe", sampler_config={{"rho": 0.5}}).create_engine_config()
 assert config.additional_config["sampler_config"]["rho"] == 0.5
 wrapped = [EngineArgs.__init__, InputProcessor.process_inputs, AsyncLLM.generate]
-assert not any(hasattr(function, _WRAPPED) for function in wrapped)
+wrapped.append(entry.build_and_serve)
+assert not any(map(is_wrapped, wrapped))
 print("done")
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 import boe_vllm
-from boe_vllm import cli, hooks, plugin, versions
+from boe_vllm import cli, plugin, versions, wrapping
 from boe_vllm.models.config import LLaDAConfig
 
 LLADA_8B = Path(__file__).parent / "llada_8b"
@@ -100,7 +100,7 @@ def test_a_callable_that_is_not_as_expected_is_not_wrapped():
 
     for name in ("process_inputs", "generate"):
         with pytest.raises(RuntimeError, match=rf"vLLM .*: expected .*Changed\.{name} with"):
-            hooks._wrap(Changed, name, {"prompt"}, lambda original: original)
+            wrapping.wrap(Changed, name, {"prompt"}, lambda original: original)
 
 
 # ---- the checkpoint's config ---------------------------------------------------------------------
