@@ -41,11 +41,12 @@ class Denoiser:
         """
         config = self.config
         assert config.mask_token_id is not None and config.eos_token_id is not None
+        late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
         return DenoisingLoop(
             self.model,
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
-            late_tokens=frozenset({config.eos_token_id, config.eot_token_id} - {None}),
+            late_tokens=late,
             device=self.device,
             cache_rows=cache_rows,
         )

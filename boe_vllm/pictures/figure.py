@@ -24,7 +24,7 @@ ENTROPY = "viridis"
 WRITTEN = "#f1f1ee"
 """A written position: no colour of the scale."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
@@ -70,6 +70,11 @@ def save_as(figure: Figure, path: Path) -> None:
 def entropy_scale(steps: int = 64) -> list[str]:
     """Hexadecimal colours from no entropy to the most."""
     return [to_hex(colormaps[ENTROPY](n / (steps - 1))) for n in range(steps)]
+
+
+def shade(entropy: float, highest: float, scale: list[str]) -> str:
+    """The colour of an entropy on a scale that ends at the highest."""
+    return scale[round(min(1.0, entropy / highest) * (len(scale) - 1))]
 
 
 def ink(background: str) -> str:

@@ -1,9 +1,9 @@
 """What revealing one masked position does to the entropies of the others, from the gradient.
 
 For masked positions i and j, `influence[i, j]` is the first-order change of the entropy of j, in
-nats, when i is revealed: negative where the entropy falls. It is the negative Token Importance Score
-(eq. 14) of candidate i for the one objective row j, with one backward per j, and attention passes
-the gradient in every row (no eq. 30), so that it is the gradient of the network itself:
+nats, when i is revealed: negative where the entropy falls. It is the negative Token Importance
+Score (eq. 14) of candidate i for the one objective row j, with one backward per j, and attention
+passes the gradient in every row (no eq. 30), so that it is the gradient of the network itself:
 
     mask  (dH_j / de_i) . (E^T pi_i - e_mask), the derivative at the mask embedding (eq. 13)
     kv    the same in the keys and values of row i, which are computed with the soft write

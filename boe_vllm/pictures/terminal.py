@@ -1,4 +1,4 @@
-"""A request in the terminal: canvases side by side, masked positions in the colour of their entropy."""
+"""A request in the terminal: canvases side by side, masks in the colour of their entropy."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ class Scene:
         hole = " · " if recording.width else "·"
         if entropy is None:
             return hole, "dim"
-        share = min(1.0, entropy / self.highest)
-        colour = self.scale[round(share * (len(self.scale) - 1))]
+        colour = figure.shade(entropy, self.highest, self.scale)
         return hole, f"{figure.ink(colour)} on {colour}"
 
     def _legend(self) -> Text:

@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from boe_vllm.pictures import figure
 from boe_vllm.pictures.trajectory import Recording, Trajectory
@@ -56,7 +57,7 @@ def _canvas(
     image = np.empty((length, steps, 3))
     image[:] = np.array([int(figure.WRITTEN[n : n + 2], 16) for n in (1, 3, 5)]) / 255
     small = 6.5 if length * steps > 400 else 7.5
-    order = 0
+    order, highest, scale = 0, recording.highest_entropy, figure.entropy_scale()
     for column, step in enumerate(trajectory.steps):
         masked = [p for p, token in enumerate(step.tokens) if token == recording.mask_token]
         image[masked, column] = 0.82  # of a later block: not predicted yet
@@ -64,7 +65,7 @@ def _canvas(
         entropy = dict(zip(step.positions, step.entropy, strict=True))
         for position in step.committed:
             order += 1
-            background = to_hex(colours.to_rgba(entropy.get(position, 0.0)))
+            background = figure.shade(entropy.get(position, 0.0), highest, scale)
             axis.text(
                 column,
                 position,
@@ -103,7 +104,7 @@ def _remaining(axis: Axes, recording: Recording, trajectory: Trajectory) -> None
     axis.set_ylim(0, 1.08 * max(s.remaining for t in recording.trajectories for s in t.steps))
     axis.set_xlabel("denoising step")
     axis.set_ylabel("remaining\nentropy (nats)")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(which="minor", length=0)
 
 

@@ -1,7 +1,7 @@
 """`boe-vllm watch`: one request under several policies, as it is decoded.
 
-In a terminal the canvases fill side by side; elsewhere their ends are printed. The same can be kept as
-a page, a figure, or JSON.
+In a terminal the canvases fill side by side; elsewhere their ends are printed. The same can be kept
+as a page, a figure, or JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from boe_vllm import TINY
 from boe_vllm.eval.cells import DEFAULT_BLOCK
@@ -173,7 +173,7 @@ def open_recorders(args: argparse.Namespace) -> tuple[Request, list[Recorder]]:
     )
     server = {} if args.frequencies is None else {"frequencies": str(args.frequencies)}
     base = parse_sampler_config(server)
-    surrogate = args.influence or ("kv" if args.html or args.json else "none")
+    surrogate: Any = args.influence or ("kv" if args.html or args.json else "none")
     frame = {"block_length": block, "tokens_per_step": args.tokens_per_step}
     for variant in variants:
         parse_sampler_config(frame | variant.fields, base=base)
