@@ -173,10 +173,11 @@ class Panel {
 
   numbers(row) {
     const list = make("dl");
-    const score = this.step.scores && this.step.scores[row];
+    const scores = this.step.scores;
+    const score = scores === null ? "none" : scores[row] ?? "not a candidate";
     const facts = [
       ["entropy", `${number(this.step.entropy[row])} nats`],
-      ["score", score === null ? "not a candidate" : number(score)],
+      ["score", typeof score === "number" ? number(score) : score],
       ["confidence", number(this.step.confidence[row])],
     ];
     if (this.step.influence) facts.push(["influence", this.influence(this.step.influence[row])]);
