@@ -8,15 +8,17 @@ and not; some leave in the middle, some send bad requests. Before the load, each
 asked alone; under load its tokens have to be the same. The last line is JSON; the exit status is 1
 if anything was lost, doubled, different, or answered with a status that it should not have.
 
-Fairness: all running requests make their steps together, so a short request waits for at most one
-step of what runs, and for the queue. Its latency is bounded by `--patience` times that of the same
-request alone, times the number of clients.
+Fairness (docs/contracts.md): all admitted requests make their steps together, so a short request of
+`s` steps waits for `s` steps of everybody, each as long at most as everybody's alone, one after the
+other. If all of them do not fit into the server's rows at once, it also waits in the queue, at most
+for everybody before it. Its latency may be `--slack` times this bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import random
 import statistics
@@ -66,27 +68,52 @@ def kinds(limit: int, number: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Alone:
+    """What a request gives and takes with nothing beside it."""
+
+    text: str
+    seconds: float
+    steps: int
+    rows: int
+
+
 class Soak:
     """One run: what was asked, what came back, and what was wrong with it."""
 
     def __init__(self, args: argparse.Namespace, session: aiohttp.ClientSession, model: str):
         self.args, self.session, self.model = args, session, model
-        self.alone: list[str] = []
+        self.alone: list[Alone] = []
         self.kinds = kinds(args.limit, args.kinds, args.seed)
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.latencies: list[float] = []
         self.memory: list[tuple[float, int]] = []
 
-    async def ask(self, body: dict[str, Any]) -> tuple[int, str]:
-        """Status and text."""
+    async def post(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and answer."""
         body = {"model": self.model} | body
         async with self.session.post("completions", json=body) as answer:
-            data = await answer.json()
-            if answer.status != 200:
-                return answer.status, str(data)
-            (choice,) = data["choices"]
-            return 200, choice["text"]
+            return answer.status, await answer.json()
+
+    async def ask(self, body: dict[str, Any]) -> tuple[int, str]:
+        """Status and text."""
+        status, data = await self.post(body)
+        return (status, str(data)) if status != 200 else (200, data["choices"][0]["text"])
+
+    async def by_itself(self, body: dict[str, Any]) -> Alone:
+        """A request that nothing runs beside."""
+        begin = time.monotonic()
+        status, data = await self.post(body)
+        seconds = time.monotonic() - begin
+        assert status == 200, data
+        canvas, block = body["max_tokens"], body["vllm_xargs"].get("block_length", 1)
+        return Alone(
+            text=data["choices"][0]["text"],
+            seconds=seconds,
+            steps=data["kv_transfer_params"]["boe"]["denoising_steps"],
+            rows=data["usage"]["prompt_tokens"] + -(-canvas // block) * block,
+        )
 
     async def stream(self, body: dict[str, Any], leave_after: int | None) -> tuple[int, str | None]:
         """Status and text of a stream; None for the text if the client left before its end."""
@@ -119,18 +146,12 @@ class Soak:
         draw = random.Random(1000 * self.args.seed + number)
         while time.monotonic() < until:
             roll = draw.random()
-            if roll < 0.1:
-                await self.bad(draw)
-            elif roll < 0.2:
-                await self.short()
-            else:
-                await self.one(draw)
+            await (self.bad(draw) if roll < 0.1 else self.short() if roll < 0.2 else self.one(draw))
 
     async def bad(self, draw: random.Random) -> None:
         body = SHORT | draw.choice(BAD)
-        status, text = (
-            await self.ask(body) if draw.random() < 0.5 else await self.stream(body, None)
-        )
+        streaming = draw.random() < 0.5
+        status, text = await (self.stream(body, None) if streaming else self.ask(body))
         self.counts["refused"] += 1
         if status != 400:
             self.wrong.append(f"expected 400 for {body}, got {status}: {text}")
@@ -163,8 +184,8 @@ class Soak:
         else:
             status, text = await self.ask(self.kinds[n])
         self.counts["answered"] += 1
-        if status != 200 or text not in (None, self.alone[n]):
-            self.wrong.append(f"kind {n}: status {status}, {text!r}, alone {self.alone[n]!r}")
+        if status != 200 or text not in (None, self.alone[n].text):
+            self.wrong.append(f"kind {n}: status {status}, {text!r}, {self.alone[n]}")
 
     async def watch(self, until: float) -> None:
         """Note the server's memory every few seconds."""
@@ -175,30 +196,24 @@ class Soak:
     async def run(self) -> dict[str, Any]:
         """The whole soak; see the module."""
         for body in self.kinds:
-            status, text = await self.ask(body)
-            assert status == 200, text
-            self.alone.append(text)
-        quiet = []
-        for _ in range(5):
-            begin = time.monotonic()
-            await self.ask(SHORT)
-            quiet.append(time.monotonic() - begin)
+            await self.by_itself(body)  # the first time of everything takes longer
+            self.alone.append(await self.by_itself(body))
+        short = [await self.by_itself(SHORT) for _ in range(5)]
+        bound = self.args.slack * await self.fair_latency(short[0])
         begin = time.monotonic()
         until = begin + self.args.seconds
         await asyncio.gather(
             *(self.client(n, until) for n in range(self.args.clients)), self.watch(until)
         )
         running = await self.idle()
-        again = [
-            n for n, body in enumerate(self.kinds) if (await self.ask(body))[1] != self.alone[n]
-        ]
-        bound = self.args.patience * self.args.clients * statistics.median(quiet)
+        again = [(await self.ask(body))[1] for body in self.kinds]
         settled = [size for at, size in self.memory if at >= begin + self.args.seconds / 3]
-        growth = settled[-1] / settled[0] - 1 if settled and settled[0] else None
-        slowest = max(self.latencies, default=0.0)
+        growth = max(settled) / settled[0] - 1 if settled and settled[0] else None
         failures = {
             "wrong": len(self.wrong),
-            "different_afterwards": len(again),
+            "different_afterwards": sum(
+                a != one.text for a, one in zip(again, self.alone, strict=True)
+            ),
             "still_running": running,
             "short_beyond_bound": sum(latency > bound for latency in self.latencies),
             "memory_not_flat": int(growth is not None and growth > self.args.growth),
@@ -207,9 +222,9 @@ class Soak:
             "seconds": round(time.monotonic() - begin, 1),
             "clients": self.args.clients,
             **self.counts,
-            "short_latency_alone_s": round(statistics.median(quiet), 3),
+            "short_latency_alone_s": round(statistics.median(one.seconds for one in short), 3),
             "short_latency_median_s": round(statistics.median(self.latencies or [0]), 3),
-            "short_latency_max_s": round(slowest, 3),
+            "short_latency_max_s": round(max(self.latencies, default=0.0), 3),
             "short_latency_bound_s": round(bound, 3),
             "rss_mib": [size // 2**20 for _, size in self.memory[:: max(1, len(self.memory) // 8)]],
             "rss_growth_after_warm_up": None if growth is None else round(growth, 4),
@@ -218,19 +233,30 @@ class Soak:
             "examples": self.wrong[:3],
         }
 
+    async def fair_latency(self, short: Alone) -> float:
+        """Seconds that a short request takes at most, by the rule above."""
+        others = self.args.clients - 1
+        slowest_step = max(one.seconds / one.steps for one in self.alone)
+        bound = short.seconds + short.steps * others * slowest_step
+        rows = (others + 1) * max(one.rows for one in self.alone)
+        if rows > await self.metric("boe:cache_rows{"):  # the server's budget
+            bound += others * max(one.seconds for one in self.alone)
+        return bound
+
+    async def metric(self, *series: str) -> float:
+        """The sum of some of the server's series, by the beginning of their lines."""
+        root = self.args.base_url.removesuffix("/v1")
+        async with self.session.get(f"{root}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(series))
+
     async def idle(self) -> int:
         """Requests that still run some seconds after the last client has gone."""
         running = -1
         for _ in range(30):
             await self.ask(SHORT)  # the server's numbers are those of its last step
-            root = self.args.base_url.removesuffix("/v1")
-            async with self.session.get(f"{root}/metrics") as answer:
-                lines = (await answer.text()).splitlines()
-            running = sum(
-                int(float(line.rsplit(" ", 1)[1]))
-                for line in lines
-                if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
-            )
+            series = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
+            running = int(await self.metric(*series))
             if running == 0:
                 break
             await asyncio.sleep(0.5)
@@ -243,14 +269,8 @@ def resident(pid: int | None) -> int:
         return 0
     import psutil
 
-    total = 0
     root = psutil.Process(pid)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
+    return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)])
 
 
 async def main() -> int:
@@ -262,7 +282,7 @@ async def main() -> int:
     parser.add_argument("--limit", type=int, default=512, help="the model's context, tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pid", type=int, help="the server's process, to watch its memory")
-    parser.add_argument("--patience", type=float, default=20)
+    parser.add_argument("--slack", type=float, default=3, help="times the fair latency")
     parser.add_argument("--growth", type=float, default=0.02, help="of memory, after a third")
     args = parser.parse_args()
     timeout = aiohttp.ClientTimeout(total=300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -21,6 +22,8 @@ logger = init_logger("vllm." + __name__)
 SCHEDULER = "boe_vllm.engine.scheduler.DiffusionScheduler"
 CPU_WORKER = "boe_vllm.engine.worker.DiffusionCPUWorker"
 GPU_WORKER = "boe_vllm.engine.worker.DiffusionGPUWorker"
+
+SAFE_FORMATS = ("safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 # The engine keeps no key/value cache of vLLM's. An explicit size stops vLLM from reserving most of
 # the memory for it, and from refusing to start when that much is not free.
@@ -49,6 +52,7 @@ class LLaDAEngineConfig:
         """
         _refuse_unsupported(vllm_config)
         vllm_config.model_config.hf_config.check_supported()  # --hf-overrides came after loading
+        _set_weights(vllm_config)
         _set_sampler(vllm_config)
         _set_engine_parts(vllm_config)
         _set_schedule(vllm_config)
@@ -85,6 +89,33 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"{name}: expected {expected!r} for a masked diffusion model, got {value!r}; "
                 f"remove the setting"
             )
+
+
+def _set_weights(vllm_config: VllmConfig) -> None:
+    """Weights are read from safetensors and nothing of a checkpoint is executed: vLLM would fall
+    back to pickled files, and run a repository's code where `trust_remote_code` is set."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if model.trust_remote_code:
+        logger.warning("trust_remote_code is ignored: this model needs no code of its repository.")
+        model.trust_remote_code = False
+    if load.load_format in ("auto", "hf"):
+        load.load_format = "safetensors"
+    if load.load_format not in SAFE_FORMATS:
+        raise ValueError(
+            f"load_format: expected one of {list(SAFE_FORMATS)} for a masked diffusion model, got "
+            f"{load.load_format!r}; remove the setting"
+        )
+    folder = Path(model.model)
+    files = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    if files and load.load_format == "safetensors" and not _any_safetensors(files):
+        raise ValueError(
+            f"checkpoint: expected *.safetensors in {model.model}, got {files}; convert the "
+            f"weights, as pickled files are not loaded"
+        )
+
+
+def _any_safetensors(files: list[str]) -> bool:
+    return any(name.endswith(".safetensors") for name in files)
 
 
 def _set_sampler(vllm_config: VllmConfig) -> None:

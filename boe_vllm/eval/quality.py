@@ -37,7 +37,8 @@ class Scorer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-            self._model = AutoModelForCausalLM.from_pretrained(path).eval()
+            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+            self._model = model.eval()
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--scorer: expected the path of a causal language model, got {path!r} ({error}); "
