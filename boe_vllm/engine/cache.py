@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import IntArray
-from boe_vllm.models.llada import KeyValueContext
+from boe_vllm.models.tape import KeyValueContext
 from boe_vllm.rows import RowLayout
 
 Tensor = torch.Tensor

@@ -20,6 +20,7 @@ from boe_vllm.engine.deciding import Errors, decide, reading, views_of
 from boe_vllm.engine.demands import Book
 from boe_vllm.engine.record import TokenLikelihood, TokenLogprobs
 from boe_vllm.engine.tally import COSTS, PREFIX, Tally
+from boe_vllm.models.functional import Scratch
 from boe_vllm.models.llada import LLaDAForDiffusion
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.prediction import (
@@ -89,7 +90,7 @@ class DenoisingLoop:
         self.pool = KeyValuePool(
             cache_rows, **model.cache_shape(), dtype=weight.dtype, device=device
         )
-        self.memory = VocabularyMemory()
+        self.memory, self.tape_memory = VocabularyMemory(), Scratch()
         self.canvases: dict[str, Canvas] = {}
         self.clock, self.tally = Clock(), Tally()
 
@@ -163,7 +164,7 @@ class DenoisingLoop:
         if fresh:
             plans = plans[: len(fresh)] + [None] * len(twins)
             context = CachedRows(self.pool, layout, plans) if any(plans) else None
-            hidden, tape = self.model.run(hidden, layout, context)
+            hidden, tape = self.model.run(hidden, layout, context, self.tape_memory)
             hidden = guided(hidden, layout, twins, guides)
         counts = np.array(layout.logit_lens[: len(fresh)], np.int64)
         book = Book()

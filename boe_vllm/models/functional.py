@@ -40,26 +40,35 @@ def accurate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def matmul_rows(x_ND: Tensor, weight_DE: Tensor, scratch: Scratch | None = None) -> Tensor:
+def matmul_rows(
+    x_ND: Tensor, weight_DE: Tensor, scratch: Scratch | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """`x @ weight`, [N, E]: each row's result is the same whatever the other rows are.
 
-    With `scratch` the result lies in its memory and is gone with the next product given it.
+    With `scratch` the result lies in its memory and is gone with the next product given it; `out`
+    is a place of its own.
 
     On CPU, BLAS picks other kernels, with another order of summation, when a thread gets fewer
     than four rows; a product of few rows is therefore filled up with zero rows. On CUDA this is
     what vLLM's batch-invariant mode is for, which replaces `mm` itself.
     """
     rows = x_ND.shape[0]
-    least = 8 * torch.get_num_threads()
     if x_ND.device.type != "cpu":
-        return x_ND @ weight_DE
+        product = x_ND @ weight_DE
+        return product if out is None else out.copy_(product)
+    least = 8 * torch.get_num_threads()
     if rows < least:
         x_ND = F.pad(x_ND, (0, 0, 0, least - rows))
+    place = scratch.like(x_ND, weight_DE.shape[1]) if scratch else out
     if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
-        return _widened(x_ND, weight_DE)[:rows]
-    if scratch is None:
-        return (x_ND @ weight_DE)[:rows]
-    return torch.mm(x_ND, weight_DE, out=scratch.like(x_ND, weight_DE.shape[1]))[:rows]
+        product = _widened(x_ND, weight_DE)
+    elif place is None or len(place) != len(x_ND):
+        product = x_ND @ weight_DE
+    else:
+        product = torch.mm(x_ND, weight_DE, out=place)
+    if out is None or product is out:
+        return product[:rows]
+    return out.copy_(product[:rows])
 
 
 @functools.cache
@@ -111,15 +120,20 @@ def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torc
     return torch.stack([angles.cos(), angles.sin()])[:, :, None, :]
 
 
-def rotate(x_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
-    """Rotary embedding, halves layout (first half with second half), [N, H, P]."""
+def rotate(x_NHP: Tensor, tables_2N1p: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Rotary embedding, halves layout (first half with second half), [N, H, P]; in `out` if it is
+    given."""
     x = accurate(x_NHP)
     cos, sin = tables_2N1p
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    turned = out if out is not None and out.dtype == x.dtype else None
+    if turned is None:
+        turned = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return turned.to(x_NHP.dtype)
+    if out is None or turned is out:
+        return turned.to(x_NHP.dtype)
+    return out.copy_(turned)
 
 
 def rotate_backward(dy_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ Legend: `T` packed live rows, `K` packed kept rows, `R` logit rows, `S` rows of 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -53,39 +52,10 @@ from boe_vllm.models.parallel import (
     FrozenLinearMethod,
     sum_over_ranks,
 )
+from boe_vllm.models.tape import KeyValueContext, LayerTape, Tape, key_value_memory
 from boe_vllm.rows import RowLayout
 
 Tensor = torch.Tensor
-
-
-@dataclasses.dataclass(slots=True)
-class LayerTape:
-    """What one block's backward needs."""
-
-    before_KD: Tensor
-    after_attention_KD: Tensor
-    queries_KHP: Tensor
-    gate_up_K2F: Tensor
-    keys_SGP: Tensor
-    values_SGP: Tensor
-
-
-@dataclasses.dataclass(slots=True)
-class Tape:
-    """What the backward of one pass needs, layer by layer."""
-
-    layout: RowLayout
-    rotary_2K1p: Tensor
-    layers: list[LayerTape]
-    final_KD: Tensor | None = None
-
-
-class KeyValueContext:
-    """Where a pass finds keys and values: by default only the live rows' own."""
-
-    def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all rows, [S, G, P] each, given those of the live rows."""
-        return keys_TGP, values_TGP
 
 
 class LLaDABlock(nn.Module):
@@ -118,12 +88,24 @@ class LLaDABlock(nn.Module):
             layer.quant_method = FrozenLinearMethod()
         self.heads, self.kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
 
-    def project(self, x_ND: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [N, H, P], rotated keys and values [N, G, P]."""
-        qkv, _ = self.qkv_proj(rms_norm(x_ND, self.attn_norm, self.eps))
-        heads = qkv.view(len(x_ND), -1, self.head_size)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return rotate(q, rotary), rotate(k, rotary), v
+    def project(
+        self,
+        x_ND: Tensor,
+        rotary: Tensor,
+        scratch: Scratch | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [N, H, P], rotated keys and values [N, G, P], the latter two in `out` if
+        it is given."""
+        normed = rms_norm(x_ND, self.attn_norm, self.eps)
+        turned = (self.heads + self.kv_heads) * self.head_size
+        weight = self.qkv_proj.weight.t()
+        keys, values = out or (None, None)
+        qk = matmul_rows(normed, weight[:, :turned], scratch).view(len(x_ND), -1, self.head_size)
+        flat = None if values is None else values.flatten(1)
+        v = matmul_rows(normed, weight[:, turned:], out=flat).view(len(x_ND), -1, self.head_size)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
+        return rotate(q, rotary), rotate(k, rotary, out=keys), v
 
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> Tensor:
         """The residual stream after attention, [N, D]."""
@@ -202,7 +184,11 @@ class LLaDAForDiffusion(nn.Module):
         return self.wte(tokens_N)
 
     def run(
-        self, x_TD: Tensor, layout: RowLayout, context: KeyValueContext | None = None
+        self,
+        x_TD: Tensor,
+        layout: RowLayout,
+        context: KeyValueContext | None = None,
+        memory: Scratch | None = None,
     ) -> tuple[Tensor, Tape | None]:
         """Final normalised hidden states of the logit rows, [R, D], and the tape if rows are kept.
 
@@ -210,6 +196,7 @@ class LLaDAForDiffusion(nn.Module):
             x_TD: embeddings of the live rows.
             layout: where the rows lie.
             context: where frozen keys and values come from, if the layout has any.
+            memory: for the keys and values of a tape, which are gone with the next pass given it.
         """
         context = context or KeyValueContext()
         block = self.layers[0]
@@ -219,10 +206,11 @@ class LLaDAForDiffusion(nn.Module):
         keep = any(layout.kept_lens)
         kept = layout.kept_index
         tape = Tape(layout, rotary[:, kept], []) if keep else None
+        places: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        if keep and memory and x_TD.device.type == "cpu":
+            places = [*key_value_memory(x_TD, memory, **self.cache_shape())]
         for index, block in enumerate(self.layers):
-            q, k, v = block.project(x_TD, rotary)
-            if tape is not None:
-                v = v.contiguous()  # a view would keep every row's queries alive
+            q, k, v = block.project(x_TD, rotary, self.scratch, places[index])
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
             after = block.attend(x_TD, mixed)

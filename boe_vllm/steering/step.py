@@ -11,7 +11,8 @@ import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
 from boe_vllm.clock import Clock
-from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
+from boe_vllm.models.llada import LLaDAForDiffusion
+from boe_vllm.models.tape import KeyValueContext, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout, SequenceRows
 from boe_vllm.steering.guidance import Guide

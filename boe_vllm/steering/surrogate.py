@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.models.llada import KeyValueContext, LLaDAForDiffusion, Tape
+from boe_vllm.models.llada import LLaDAForDiffusion
+from boe_vllm.models.tape import KeyValueContext, Tape
 from boe_vllm.prediction import LogProbabilities
 from boe_vllm.rows import RowLayout
 from boe_vllm.steering.partial import States, run_partial
