@@ -1,4 +1,4 @@
-"""The steps of docs/extending.md, followed."""
+"""The steps of docs/extending.md, followed to the letter."""
 
 import json
 import os
@@ -8,34 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import httpx
+import pytest
+from server import serving
+
 TESTS = Path(__file__).parent
 TEXT = (TESTS.parent / "docs" / "extending.md").read_text()
-
-USE = """
-import sys
-sys.path.insert(0, {tests!r})
-import conftest
-from oracle import random_weights, small_config
-from test_loop import finish, make_loop, params_of
-from boe_vllm.config import parse_sampler_config
-from boe_vllm.models.standalone import build
-
-fields = {fields!r}
-network = build(small_config())
-network.load_weights(random_weights(small_config()).items())
-loop = make_loop(network)
-loop.add("x", [1, 2, 3], params_of(fields | {{"block_length": 8, "trace": True}}, prompt_len=3))
-tokens, reports = finish(loop)
-trace = reports["x"]["trace"]
-first = [p for p, step in zip(trace["position"], trace["step"]) if step == 0]
-assert len(tokens["x"]) == 16 and reports["x"]["policy"] == fields["policy"]
-assert all((position + 3) % fields["stride"] == 0 for position in first), first
-try:
-    parse_sampler_config(fields | {{"stride": 0}})
-except ValueError as error:
-    assert "stride" in str(error)
-    print("refused and served")
-"""
 
 
 def block(language):
@@ -43,24 +21,41 @@ def block(language):
     return re.search(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
-def test_a_policy_in_one_file(tmp_path):
+@pytest.mark.slow
+def test_a_policy_in_one_file(tmp_path, monkeypatch):
+    # 1. and 2.: two files.
     project = tomllib.loads(block("toml"))
     ((name, module),) = project["project"]["entry-points"]["boe_vllm.policies"].items()
-    assert project["tool"]["setuptools"]["py-modules"] == [module]
     (tmp_path / f"{module}.py").write_text(block("python"))
-    # What pip makes of the two files.
-    info = tmp_path / f"{project['project']['name'].replace('-', '_')}-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['project']['name']}\nVersion: 0.1\n"
+    (tmp_path / "pyproject.toml").write_text(block("toml"))
+    # 3.: `pip install .`, into a folder of its own and with nothing downloaded.
+    site = tmp_path / "site"
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(site))
+    install = [sys.executable, "-m", "pip", "install", ".", *options]
+    subprocess.run(install, cwd=tmp_path, check=True)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.getenv("PYTHONPATH")]))
     )
-    (info / "entry_points.txt").write_text(f"[boe_vllm.policies]\n{name} = {module}\n")
-    code = USE.format(tests=str(TESTS), fields=json.loads(block("json")))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert run.stdout.endswith("refused and served\n"), run.stderr
+
+    with serving("--sampler", name) as url:
+
+        def ask(fields):
+            fields = {"block_length": 8, "trace": True} | fields
+            body = {"model": url.model, "prompt": "1+2", "max_tokens": 16, "ignore_eos": True}
+            body |= {"temperature": 0, "vllm_xargs": fields}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+        for fields, stride in ((json.loads(block("json")), 3), ({}, 2)):  # named, and by default
+            report = ask(fields).json()["kv_transfer_params"]["boe"]
+            assert report["policy"] == name
+            trace = report["trace"]
+            first = [
+                p for p, step in zip(trace["position"], trace["step"], strict=True) if step == 0
+            ]
+            assert first and all((position + 3) % stride == 0 for position in first)
+        refused = ask({"policy": name, "stride": 0})
+        assert refused.status_code == 400 and "stride" in refused.json()["error"]["message"]
+        assert ask({"policy": "boe"}).json()["kv_transfer_params"]["boe"]["policy"] == "boe"
 
 
 def test_files_that_the_document_names_exist():

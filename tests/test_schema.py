@@ -8,7 +8,6 @@ import os
 import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from server import serving
 
 import boe_vllm
 
@@ -20,12 +19,6 @@ CONTROL = {"prompt": "A:1+2=", "max_tokens": 6, "temperature": 0}
 SMALL = {"max_tokens": 4, "max_completion_tokens": 4, "n": 1, "model": boe_vllm.tiny_model_path()}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving("--sampler", "boe") as url:
-        yield url
-
-
 def control(url):
     body = CONTROL | {"model": boe_vllm.tiny_model_path()}
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
@@ -33,10 +26,10 @@ def control(url):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-def test_no_request_of_the_schema_breaks_the_server(server, path):
-    schema = schemathesis.openapi.from_url(f"{server}/openapi.json")
+def test_no_request_of_the_schema_breaks_the_server(shared_server, path):
+    schema = schemathesis.openapi.from_url(f"{shared_server}/openapi.json")
     strategy = schema[path]["POST"].as_strategy()
-    want = control(server)
+    want = control(shared_server)
     counts: dict[int, int] = {}
 
     @settings(
@@ -51,10 +44,10 @@ def test_no_request_of_the_schema_breaks_the_server(server, path):
     def check(case):
         if isinstance(case.body, dict):  # the right model, and no hour-long canvases
             case.body |= {k: v for k, v in SMALL.items() if k == "model" or k in case.body}
-        answer = case.call(base_url=server, timeout=120)
+        answer = case.call(base_url=shared_server, timeout=120)
         counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
         assert answer.status_code < 500 or answer.status_code == 501, (case.body, answer.text)
 
     check()
     print(path, counts)
-    assert control(server) == want
+    assert control(shared_server) == want

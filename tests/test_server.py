@@ -11,7 +11,6 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from server import serving
 
 import boe_vllm
 from boe_vllm.tasks import get_task
@@ -20,13 +19,12 @@ MODEL = boe_vllm.tiny_model_path()
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def url():
-    with serving("--sampler", "boe", "--sampler-config", '{"rho": 0.25}') as base:
-        yield base
+@pytest.fixture
+def url(shared_server):
+    return shared_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(url):
     return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 
