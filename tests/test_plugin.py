@@ -54,6 +54,21 @@ def test_importing_the_package_is_cheap():
     assert run.returncode == 0 and run.stdout.split() == []
 
 
+def test_the_core_works_without_the_extras():
+    """vLLM is one of them. What the core requires may bring tqdm, so that stays."""
+    extras = (
+        "vllm prometheus_client matplotlib rich reasoning_gym math_verify mauve lm_eval openai "
+        "pytest hypothesis schemathesis"
+    )
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras.split()!r}));"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1] / 'scripts')!r});"
+        "import check_core; check_core.import_rooms()"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_bundled_model_is_where_the_package_says():
     path = Path(boe_vllm.tiny_model_path())
     assert path.is_absolute()
