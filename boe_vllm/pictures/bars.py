@@ -13,7 +13,7 @@ from boe_vllm.pictures import figure
 
 FULL = "BoE (full)"
 """The variant that the others take something from; marked."""
-PLAIN, MARKED = figure.PALETTE[4], figure.PALETTE[0]
+PLAIN, MARKED = figure.PALETTE[4], figure.PALETTE[5]
 
 
 def draw_scores(panels: Mapping[str, Sequence[Row]]) -> Figure:
@@ -27,6 +27,7 @@ def draw_scores(panels: Mapping[str, Sequence[Row]]) -> Figure:
             _bars(axis, rows, scores, title, xerr=[below, above])
             ends = [score + more for score, more in zip(scores, above, strict=True)]
             _write(axis, ends, [f"{score:.1f}" for score in scores], 100.0)
+            axis.set_xticks(range(0, 101, 25))
         made.supxlabel("score (%), 95 % interval", fontsize=10)
     return made
 
@@ -80,6 +81,9 @@ def _bars(
             bar.set_hatch("//")
             bar.set_edgecolor("white")
     axis.set_yticks(range(len(rows)), names)
+    # An inner panel that shares its axis has no labels of its own.
+    for name, label in zip(names, axis.get_yticklabels(), strict=False):
+        label.set_fontweight("bold" if name == FULL else "normal")
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.set_title(title)

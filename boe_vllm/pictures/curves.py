@@ -35,7 +35,13 @@ def draw(panels: Mapping[str, Sequence[Row]], cost: str) -> Figure:
             for number, label in enumerate(labels):
                 own = [row for row in rows if row["policy"] == label and row[cost]]
                 if own:
-                    _curve(axis, sorted(own, key=lambda row: row[cost]), label, number, cost)
+                    _curve(
+                        axis,
+                        sorted(own, key=lambda row: row["tokens_per_step"]),
+                        label,
+                        number,
+                        cost,
+                    )
             _scale(axis)
         axes[0].set_ylabel("score (%), 95 % interval")
         made.supxlabel(COSTS[cost], fontsize=10)
@@ -56,8 +62,9 @@ def _curve(axis: Axes, rows: Sequence[Row], label: str, number: int, cost: str) 
         color=figure.PALETTE[number % len(figure.PALETTE)],
         marker=figure.MARKERS[number % len(figure.MARKERS)],
         linestyle=figure.LINES[number % len(figure.LINES)],
-        markersize=5,
-        linewidth=1.6,
+        # Later ones are smaller: points that coincide stay to be seen.
+        markersize=max(4.0, 8.5 - number),
+        linewidth=max(1.2, 2.4 - 0.25 * number),
         elinewidth=0.9,
         capsize=2.5,
     )

@@ -5,8 +5,10 @@ nats, when i is revealed: negative where the entropy falls. It is the negative T
 Score (eq. 14) of candidate i for the one objective row j, with one backward per j, and attention
 passes the gradient in every row (no eq. 30), so that it is the gradient of the network itself:
 
-    mask  (dH_j / de_i) . (E^T pi_i - e_mask), the derivative at the mask embedding (eq. 13)
-    kv    the same in the keys and values of row i, which are computed with the soft write
+    mask      (dH_j / de_i) . (E^T pi_i - e_mask), the derivative at the mask embedding (eq. 13)
+    kv        the same in the keys and values of row i, which are computed with the soft write
+    response  the gradient at the attention outputs of the other rows, times their exact change when
+              row i's keys and values are replaced: the closest of the three (docs/evaluation.md)
 
 Nothing here changes the decode: the passes run on a copy of the canvas between two steps, are
 charged to no request, and leave its cache alone (they see every position as it is).
@@ -28,7 +30,7 @@ from boe_vllm.policies.base import Needs, Policy, PolicyConfig
 from boe_vllm.steering.asks import TokenImportance
 from boe_vllm.steering.importance import token_importance
 
-Linearised = Literal["mask", "kv"]
+Linearised = Literal["mask", "kv", "response"]
 
 
 class Probe(Policy):
@@ -40,7 +42,9 @@ class Probe(Policy):
 
 
 @torch.no_grad()
-def influence(loop: DenoisingLoop, canvas: Canvas, surrogate: Linearised = "kv") -> FloatArray:
+def influence(
+    loop: DenoisingLoop, canvas: Canvas, surrogate: Linearised = "response"
+) -> FloatArray:
     """[M, M] float64, nats: the change of the entropy of column j when row i is revealed.
 
     Args:

@@ -57,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--frequencies", type=Path, metavar="FILE", help="token table, for pc")
     how.add_argument(
         "--influence",
-        choices=["none", "mask", "kv"],
+        choices=["none", "mask", "kv", "response"],
         help="of positions on each other, one backward per masked position and step, linearised at "
-        "the mask embedding or in the keys and values (default: kv with --html or --json)",
+        "the mask embedding, in keys and values, or in attention outputs (default: response with "
+        "--html or --json)",
     )
     kept = made.add_argument_group("what is shown and kept")
     kept.add_argument("--delay", type=float, default=0.2, metavar="S", help="between steps")
@@ -173,7 +174,7 @@ def open_recorders(args: argparse.Namespace) -> tuple[Request, list[Recorder]]:
     )
     server = {} if args.frequencies is None else {"frequencies": str(args.frequencies)}
     base = parse_sampler_config(server)
-    surrogate: Any = args.influence or ("kv" if args.html or args.json else "none")
+    surrogate: Any = args.influence or ("response" if args.html or args.json else "none")
     frame = {"block_length": block, "tokens_per_step": args.tokens_per_step}
     for variant in variants:
         parse_sampler_config(frame | variant.fields, base=base)
