@@ -221,24 +221,26 @@ def ranks(values):
     return np.argsort(np.argsort(values, kind="stable"))
 
 
+def prediction(made, writes):
+    """Of the canvas with some tokens written, which it does not notice."""
+    state = copy.copy(made.canvas)
+    state.tokens, state.masked = state.tokens.copy(), state.masked.copy()
+    state.account = Account()
+    for position, token in writes.items():
+        state.tokens[position], state.masked[position] = token, False
+    return made.loop.predict([state])[1]
+
+
 def test_influence_at_the_attention_outputs_is_nearest_to_what_writing_does(denoiser):
     made = recorder(denoiser, "confidence", task="sudoku6", number=3, rate=4)
     found = {"mask": [], "kv": [], "response": []}
     while len(positions := made.canvas.writable()) > 4:
-        count = len(positions)
-
-        def entropies(written=None, positions=positions):
-            state = copy.copy(made.canvas)
-            state.tokens, state.masked = state.tokens.copy(), state.masked.copy()
-            state.account = Account()
-            if written is not None:
-                state.tokens[positions[written]] = now.proposal[written]
-                state.masked[positions[written]] = False
-            return made.loop.predict([state])[1]
-
-        now = entropies()
+        count, now = len(positions), prediction(made, {})
         others = [np.delete(np.arange(count), i) for i in range(count)]
-        true = [entropies(i).entropy - now.entropy[others[i]] for i in range(count)]
+        true = [
+            prediction(made, {positions[i]: now.proposal[i]}).entropy - now.entropy[others[i]]
+            for i in range(count)
+        ]
         for surrogate, values in found.items():
             changes = influence(made.loop, made.canvas, surrogate)
             estimate = np.concatenate([changes[i][others[i]] for i in range(count)])
