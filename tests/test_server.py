@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -29,14 +30,16 @@ def client(url):
     return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 
 
-def ask(client, prompt="A:1+2=", *, max_tokens=16, stream=False, fields=None, **settings):
+def ask(
+    client, prompt="A:1+2=", *, max_tokens=16, stream=False, fields=None, extra=None, **settings
+):
     settings.setdefault("temperature", 0.0)
     return client.completions.create(
         model=MODEL,
         prompt=prompt,
         max_tokens=max_tokens,
         stream=stream,
-        extra_body={"vllm_xargs": fields or {}},
+        extra_body={"vllm_xargs": fields or {}} | (extra or {}),
         **settings,
     )
 
@@ -217,6 +220,9 @@ def test_one_of_the_answers_is_chosen(client):
 # ---- metrics -------------------------------------------------------------------------------------
 
 
+WHOLE = {"ignore_eos": True}  # every token of the canvas counts
+
+
 def scrape(url):
     """Samples by name and labels, without those that say when a series began."""
     samples = {}
@@ -259,6 +265,54 @@ def test_metrics_add_up_to_the_reports(url, client):
     assert grown("vllm:prompt_tokens_total") == sum(u.prompt_tokens for u in usages) + 12
     assert grown("vllm:time_to_first_token_seconds_count") == 5
     assert grown("vllm:request_queue_time_seconds_count") == 5
+
+
+def test_the_readmes_series_exist_and_agree_with_each_other(url, client):
+    before = scrape(url)
+    for n, policy in enumerate(("boe", "eb", "remdm", "lookum", "boe")):
+        fields = {"policy": policy, "tokens_per_step": 1 + n % 2, "block_length": 8}
+        ask(client, max_tokens=16, fields=fields, temperature=n / 4, seed=n, extra=WHOLE)
+    ask(client, max_tokens=1)
+    after = scrape(url)
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    names = re.findall(r"boe:\w+", readme)
+    assert len(set(names)) == 12
+    for name in names:
+        samples = [key for key in after if key[0] in (name, f"{name}_count")]
+        assert samples, name
+
+    def grown(name):
+        return sum(value - before.get(key, 0) for key, value in after.items() if key[0] == name)
+
+    assert grown("boe:committed_tokens_total") == grown("boe:tokens_per_step_sum") >= 5 * 16
+    assert grown("boe:denoising_steps_total") == grown("boe:tokens_per_step_count")
+    mean_entropy = grown("boe:remaining_entropy_nats_sum") / grown(
+        "boe:remaining_entropy_nats_count"
+    )
+    assert 0 <= mean_entropy <= math.log(264)
+    assert grown("boe:rows_forward_total") > grown("boe:forwards_total")
+    assert grown("vllm:generation_tokens_total") == 5 * 16 + 1
+    for name in ("time_to_first_token", "request_queue_time", "e2e_request_latency"):
+        assert grown(f"vllm:{name}_seconds_count") == 6
+    # What it waits for first is part of what it waits for in all.
+    first, whole = (
+        grown(f"vllm:{name}_seconds_sum") for name in ("time_to_first_token", "e2e_request_latency")
+    )
+    assert 0 < first <= whole
+
+
+def test_gauges_say_what_runs_now(url, client):
+    fields = {"policy": "confidence", "cache": "dual", "block_length": 8}
+    stream = ask(client, max_tokens=400, stream=True, fields=fields, extra=WHOLE)
+    for n, _ in enumerate(stream):
+        if n == 3:
+            during = scrape(url)
+    assert during["boe:active_requests", ("policy", "confidence")] == 1
+    assert 0 < during["boe:cache_rows_used",] <= during["boe:cache_rows",]
+    assert during["vllm:num_requests_running",] == 1
+    ask(client, max_tokens=1)
+    ask(client, max_tokens=1)
+    assert scrape(url)["boe:cache_rows_used",] == 0
 
 
 def test_the_dashboard_shows_series_that_exist(url):
