@@ -4,7 +4,6 @@ const recording = JSON.parse(document.getElementById("recording").textContent);
 const LINES = ["", "8 5", "2 4", "12 4 2 4"];
 const last = Math.max(...recording.trajectories.map((t) => t.steps.length));
 const slider = document.getElementById("step");
-const panels = [];
 let selected = null; // a position of the canvas, the same in every panel
 let timer = null;
 
@@ -108,7 +107,7 @@ class Panel {
     const token = this.tokens[position];
     const masked = token === recording.mask_token;
     const row = this.rows.get(position);
-    const [order, text, change] = cell.children;
+    const [order, text] = cell.children;
     const colour = row === undefined ? null : shade(this.step.entropy[row]);
     const likely = row === undefined ? null : this.step.top_tokens[row][0];
     const written = this.step && this.orders.get(`${this.frame} ${position}`);
@@ -120,8 +119,6 @@ class Panel {
     order.textContent = again ? "×" : written || "";
     order.hidden = !order.textContent;
     text.textContent = masked ? (likely === null ? " " : glyph(likely)) : glyph(token);
-    change.textContent = "";
-    cell.style.boxShadow = "";
     cell.setAttribute("aria-label", this.name(position, masked, row, likely, written));
   }
 
@@ -283,11 +280,8 @@ recording.scale.forEach((colour) => {
   document.getElementById("scale").append(piece);
 });
 document.getElementById("highest").textContent = `${number(recording.highest, 2)} nats`;
-for (const trajectory of recording.trajectories) {
-  const panel = new Panel(trajectory);
-  panels.push(panel);
-  document.getElementById("policies").append(panel.root);
-}
+const panels = recording.trajectories.map((trajectory) => new Panel(trajectory));
+document.getElementById("policies").append(...panels.map((panel) => panel.root));
 slider.max = last;
 slider.addEventListener("input", () => go(Number(slider.value)));
 document.getElementById("previous").addEventListener("click", () => go(Number(slider.value) - 1));
