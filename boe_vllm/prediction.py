@@ -92,7 +92,7 @@ class LogProbabilities:
         *,
         mask_token_id: int,
         eos_token_id: int,
-        forbidden: BoolArray | IntArray,
+        rules_R: BoolArray | IntArray,
         book: Sequence[Rule] | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         memory: VocabularyMemory | None = None,
@@ -104,7 +104,7 @@ class LogProbabilities:
             hidden_RD: [R, D] final normalised hidden states.
             mask_token_id: never proposed.
             eos_token_id: of EOS.
-            forbidden: [R] each row's rule: 0 for none, n for the n-th of the book.
+            rules_R: [R] each row's rule: 0 for none, n for the n-th of the book.
             book: the pass's rules, which may still grow; None for one, "no EOS".
             budget_bytes: largest temporary.
             memory: for one pass at a time; its own by default.
@@ -114,7 +114,7 @@ class LogProbabilities:
         self.hidden_RD = hidden_RD
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
-        self.forbidden = forbidden.astype(np.int64)
+        self.rules_R = rules_R.astype(np.int64)
         self.book = (Rule(banned=np.array([eos_token_id])),) if book is None else book
         item = 8 if hidden_RD.dtype == torch.float64 else 4
         # A tile and its probabilities exist at the same time, hence a quarter for each tile.
@@ -123,14 +123,14 @@ class LogProbabilities:
         self.keeps = len(hidden_RD) * model.vocab_size * item <= budget_bytes // 2
         self._kept: Tensor | None = None
 
-    def of(self, hidden_RD: Tensor, forbidden: BoolArray | IntArray) -> LogProbabilities:
+    def of(self, hidden_RD: Tensor, rules_R: BoolArray | IntArray) -> LogProbabilities:
         """The same rules for the hidden states of another pass."""
         return LogProbabilities(
             self.model,
             hidden_RD,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
-            forbidden=forbidden,
+            rules_R=rules_R,
             book=self.book,
             budget_bytes=self.budget_bytes,
         )
@@ -147,7 +147,7 @@ class LogProbabilities:
         kept = []
         for start in range(0, len(self.hidden_RD), self.tile_rows):
             rows = slice(start, min(start + self.tile_rows, len(self.hidden_RD)))
-            tile, summary = self._compute(self.hidden_RD[rows], self.forbidden[rows], scratch)
+            tile, summary = self._compute(self.hidden_RD[rows], self.rules_R[rows], scratch)
             if keep:
                 kept.append(tile)
             yield rows, tile, summary
@@ -162,12 +162,12 @@ class LogProbabilities:
             if self._kept is not None:
                 yield places, self._kept[chosen]
             else:
-                hidden_rD, forbidden_r = self.hidden_RD[chosen], self.forbidden[index_N[places]]
-                yield places, self._compute(hidden_rD, forbidden_r)[0]
+                hidden_rD, rules_r = self.hidden_RD[chosen], self.rules_R[index_N[places]]
+                yield places, self._compute(hidden_rD, rules_r)[0]
 
     def filter(self, p_rV: Tensor, rows_r: IntArray) -> Tensor:
         """[r, V] tempered probabilities of some rows, 0 where a row's sample may not be."""
-        rules = self.forbidden[rows_r]
+        rules = self.rules_R[rows_r]
         if rules.any():
             for rule, rows in rows_by_rule(rules, self.book, p_rV.device):
                 if rule.filters:
@@ -175,12 +175,12 @@ class LogProbabilities:
         return p_rV
 
     def _compute(
-        self, hidden_rD: Tensor, forbidden_r: IntArray, scratch: Scratch | None = None
+        self, hidden_rD: Tensor, rules_r: IntArray, scratch: Scratch | None = None
     ) -> tuple[Tensor, Summary]:
         logits = accurate(self.model.logits(hidden_rD, scratch))
         logits[:, self.mask_token_id] = NEVER
-        if forbidden_r.any():
-            for rule, rows in rows_by_rule(forbidden_r, self.book, logits.device):
+        if rules_r.any():
+            for rule, rows in rows_by_rule(rules_r, self.book, logits.device):
                 if rule.edits:
                     rule.edit(logits, rows)
         return logits, normalise_(logits)

@@ -44,7 +44,7 @@ def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
         hidden,
         mask_token_id=model.config.mask_token_id,
         eos_token_id=model.config.eos_token_id,
-        forbidden=np.zeros(rows, bool),
+        rules_R=np.zeros(rows, bool),
         budget_bytes=budget_bytes,
     )
     writes = RowWrites(temperature=np.zeros(rows), uniform=np.full(rows, 0.5))

@@ -104,7 +104,7 @@ def test_no_row_by_vocabulary_tensor_outgrows_the_budget():
             hidden,
             mask_token_id=508,
             eos_token_id=27,
-            forbidden=np.zeros(80, bool),
+            rules_R=np.zeros(80, bool),
             budget_bytes=budget,
         )
         writes = RowWrites(temperature=np.ones(80), uniform=np.full(80, 0.3), top_logprobs=2)

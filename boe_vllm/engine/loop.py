@@ -173,7 +173,7 @@ class DenoisingLoop:
             hidden,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
-            forbidden=np.concatenate(
+            rules_R=np.concatenate(
                 [np.empty(0, np.int64)]
                 + [
                     book.numbers(c.rules, s.wanted_positions)

@@ -73,7 +73,7 @@ def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> Flo
     if before_ND is None:
         pieces = [_kl_rows(now, None) for _, now in log_probs.rows(rows)]
     else:
-        before = log_probs.of(before_ND, log_probs.forbidden[rows])
+        before = log_probs.of(before_ND, log_probs.rules_R[rows])
         tiles = zip(log_probs.rows(rows), before.tiles(), strict=True)
         pieces = [_kl_rows(now, then) for (_, now), (_, then) in tiles]
     return torch.cat(pieces).cpu().numpy()

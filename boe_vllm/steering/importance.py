@@ -118,17 +118,15 @@ def _injected(current: DenoisingPass, asks: Sequence[tuple[int, TokenImportance]
     ]
     x[torch.from_numpy(np.concatenate(live_rows)).to(first.device)] = soft
     hidden, tape = model.run(x, layout, context)
-    forbidden = [
-        first.log_probs.forbidden[first.logit_rows(s, np.arange(len(rows.logit_positions)))]
+    rules = [
+        first.log_probs.rules_R[first.logit_rows(s, np.arange(len(rows.logit_positions)))]
         for (s, _), rows in zip(asks, sequences, strict=False)
     ]
     second = DenoisingPass(
         model=model,
         sequences=sequences,
         layout=layout,
-        log_probs=first.log_probs.of(
-            guided(hidden, layout, twins, guides), np.concatenate(forbidden)
-        ),
+        log_probs=first.log_probs.of(guided(hidden, layout, twins, guides), np.concatenate(rules)),
         tape=tape,
         guides=tuple(guides),
         twins=twins,

@@ -67,8 +67,8 @@ def _changes(
 ) -> tuple[FloatArray, FloatArray]:
     """KL(new || old) and the change of the wanted tokens' log-probability, per read row, nats."""
     rows = torch.from_numpy(index).to(current.device)
-    forbidden = current.log_probs.forbidden[old_rows]
-    new = current.log_probs.of(hidden[rows], forbidden)
+    rules_r = current.log_probs.rules_R[old_rows]
+    new = current.log_probs.of(hidden[rows], rules_r)
     kl, pmi = [], []
     for places, logp in new.tiles():
         old = torch.cat([tile for _, tile in current.log_probs.rows(old_rows[places])])

@@ -49,7 +49,7 @@ def conditional(current: DenoisingPass, asks: Sequence[tuple[int, Conditional]])
     hidden = run_guided(current, states, x)
     wanted = torch.from_numpy(np.concatenate(read)).to(current.device)
     log_probs = current.log_probs.of(
-        hidden[wanted], current.log_probs.forbidden[np.concatenate(rows)]
+        hidden[wanted], current.log_probs.rules_R[np.concatenate(rows)]
     )
     counts = [len(ask.queried) for _, ask in asks]
     statistics = read_statistics(
