@@ -48,9 +48,10 @@ def entropy_gradient(logp_rV: Tensor, scratch: Scratch | None = None) -> Tensor:
     """
     gradient = (scratch or Scratch()).like(logp_rV, logp_rV.shape[1])
     for rows in _in_cache(logp_rV):
-        p = torch.exp(logp_rV[rows], out=gradient[rows])
-        weighted = p * logp_rV[rows]
-        p.mul_(weighted.sum(-1, keepdim=True)).sub_(weighted)
+        p = torch.exp(logp_rV[rows])
+        # The softmax's backward with ln p for its gradient: p (ln p - sum p ln p).
+        torch._softmax_backward_data(logp_rV[rows], p, -1, p.dtype, grad_input=gradient[rows])
+        gradient[rows].neg_()
     return gradient
 
 

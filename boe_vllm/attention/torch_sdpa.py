@@ -94,18 +94,20 @@ def backward(
     heads, width = k_SHD.shape[1:]
     group = q_AHD.shape[1] // heads
     dtype = torch.promote_types(q_AHD.dtype, torch.float32)
-    dq_AHD = q_AHD.new_empty(q_AHD.shape)
-    dk_AHD = q_AHD.new_empty((layout.num_active, heads, width))
-    dv_AHD = torch.empty_like(dk_AHD)
     # A group's query heads are more rows against the same keys: the sum over the group, which the
     # gradients of k and v need, becomes part of the matrix product.
-    q_KND = _by_key_head(q_AHD, heads, dtype)
-    do_KND = _by_key_head(do_AHD, heads, dtype)
-    in_place = group == 1 and dtype == q_AHD.dtype
-    dq_KND = dq_AHD.transpose(0, 1) if in_place else torch.empty_like(q_KND)
-    k_KSD, v_KSD = k_SHD.transpose(0, 1), v_SHD.transpose(0, 1)
-    dk_KAD, dv_KAD = dk_AHD.transpose(0, 1), dv_AHD.transpose(0, 1)
-
+    rows = [active * group for active in layout.active_seqlens]
+    q_KND = _by_key_head(q_AHD, heads, dtype).split(rows, 1)
+    do_KND = _by_key_head(do_AHD, heads, dtype).split(rows, 1)
+    k_KSD, v_KSD = (x.transpose(0, 1).split(layout.kv_seqlens, 1) for x in (k_SHD, v_SHD))
+    # Sequence by sequence, so that every product is written where it belongs.
+    dq_packed = q_AHD.new_empty((layout.num_active * heads * group, width), dtype=dtype)
+    dk_packed, dv_packed = q_AHD.new_empty((2, layout.num_active * heads, width), dtype=dtype)
+    dq_ND = dq_packed.split([n * heads for n in rows])
+    dk_ND, dv_ND = (
+        x.split([active * heads for active in layout.active_seqlens])
+        for x in (dk_packed, dv_packed)
+    )
     tiles = [
         _tile_shape(a, s, heads=heads, group=group, itemsize=dtype.itemsize, tile_bytes=tile_bytes)
         for a, s in zip(layout.active_seqlens, layout.kv_seqlens, strict=True)
@@ -119,35 +121,33 @@ def backward(
     for i, (tile_heads, tile_rows) in enumerate(tiles):
         if not layout.active_seqlens[i]:
             continue
-        first, last = layout.active_starts[i], layout.active_starts[i + 1]
-        a, n = slice(first, last), slice(first * group, last * group)
-        s = slice(layout.kv_starts[i], layout.kv_starts[i + 1])
-        for head in range(0, heads, tile_heads):
-            h = slice(head, head + tile_heads)
-            _backward_heads(
-                do_KND[h, n],
-                q_KND[h, n],
-                k_KSD[h, s].to(dtype),
-                v_KSD[h, s].to(dtype),
-                dq_KND[h, n],
-                dk_KAD[h, a],
-                dv_KAD[h, a],
-                buffers,
-                scale=scale,
-                tile_rows=tile_rows * group,
-            )
-    if not in_place:
-        dq_AKGD = dq_KND.unflatten(1, (layout.num_active, group)).transpose(0, 1)
-        dq_AHD.unflatten(1, (heads, group)).copy_(dq_AKGD)
-    return dq_AHD, dk_AHD, dv_AHD
+        operands = (
+            do_KND[i],
+            q_KND[i],
+            k_KSD[i].to(dtype),
+            v_KSD[i].to(dtype),
+            dq_ND[i].view(heads, -1, width),
+            dk_ND[i].view(heads, -1, width),
+            dv_ND[i].view(heads, -1, width),
+        )
+        split = [operands]
+        if tile_heads < heads:
+            split = list(zip(*(x.split(tile_heads) for x in operands), strict=True))
+        for some_heads in split:
+            _backward_heads(*some_heads, buffers, scale=scale, tile_rows=tile_rows * group)
+    return (
+        _by_row(dq_packed, layout, heads, group).to(q_AHD.dtype),
+        _by_row(dk_packed, layout, heads, 1).to(q_AHD.dtype),
+        _by_row(dv_packed, layout, heads, 1).to(q_AHD.dtype),
+    )
 
 
 def _backward_heads(
-    do_KND: torch.Tensor,
-    q_KND: torch.Tensor,
+    do_KnD: torch.Tensor,
+    q_KnD: torch.Tensor,
     k_KSD: torch.Tensor,
     v_KSD: torch.Tensor,
-    dq_KND: torch.Tensor,
+    dq_KnD: torch.Tensor,
     dk_KaD: torch.Tensor,
     dv_KaD: torch.Tensor,
     buffers: tuple[torch.Tensor, ...],
@@ -157,26 +157,23 @@ def _backward_heads(
 ) -> None:
     """The backward of some heads of one sequence, `tile_rows` rows at a time, into dq, dk, dv."""
     heads, active = dk_KaD.shape[:2]
-    num_rows, num_keys = q_KND.shape[1], k_KSD.shape[1]
+    num_rows, num_keys = q_KnD.shape[1], k_KSD.shape[1]
     kT_KDS, vT_KDS = k_KSD.transpose(1, 2), v_KSD.transpose(1, 2)
-    dk_sum = dv_sum = None
     for start in range(0, num_rows, tile_rows):
         rows = min(tile_rows, num_rows - start)
-        q_KRD = q_KND.narrow(1, start, rows)
-        do_KRD = do_KND.narrow(1, start, rows)
+        q_KRD, do_KRD, dq_KRD = q_KnD, do_KnD, dq_KnD
+        if rows < num_rows:
+            q_KRD, do_KRD, dq_KRD = (x.narrow(1, start, rows) for x in (q_KnD, do_KnD, dq_KnD))
         s_KRS, p_KRS = (b[: heads * rows * num_keys].view(heads, rows, num_keys) for b in buffers)
         torch.baddbmm(s_KRS, q_KRD, kT_KDS, beta=0, alpha=scale, out=s_KRS)
         torch.softmax(s_KRS, dim=-1, out=p_KRS)
-        dv_part = torch.bmm(p_KRS.narrow(2, 0, active).transpose(1, 2), do_KRD)
-        ds_KRS = torch.bmm(do_KRD, vT_KDS, out=s_KRS).mul_(p_KRS)
-        ds_KRS.addcmul_(p_KRS, ds_KRS.sum(dim=-1, keepdim=True), value=-1)
-        dq_KND.narrow(1, start, rows).copy_(_scaled_bmm(ds_KRS, k_KSD, scale))
-        dk_part = _scaled_bmm(ds_KRS.narrow(2, 0, active).transpose(1, 2), q_KRD, scale)
-        dk_sum = dk_part if dk_sum is None else dk_sum.add_(dk_part)
-        dv_sum = dv_part if dv_sum is None else dv_sum.add_(dv_part)
-    assert dk_sum is not None and dv_sum is not None, "a sequence without active rows got here"
-    dk_KaD.copy_(dk_sum)
-    dv_KaD.copy_(dv_sum)
+        ds_KRS = torch.bmm(do_KRD, vT_KDS, out=s_KRS)
+        torch._softmax_backward_data(ds_KRS, p_KRS, -1, ds_KRS.dtype, grad_input=ds_KRS)
+        torch.baddbmm(dq_KRD, ds_KRS, k_KSD, beta=0, alpha=scale, out=dq_KRD)
+        later = int(start > 0)  # beta: whether to add to what the rows before have left
+        dsT_KaR, pT_KaR = (x.narrow(2, 0, active).transpose(1, 2) for x in (ds_KRS, p_KRS))
+        torch.baddbmm(dk_KaD, dsT_KaR, q_KRD, beta=later, alpha=scale, out=dk_KaD)
+        torch.baddbmm(dv_KaD, pT_KaR, do_KRD, beta=later, out=dv_KaD)
 
 
 def _by_key_head(x_AHD: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -184,10 +181,20 @@ def _by_key_head(x_AHD: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.T
     return x_AHD.to(dtype).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * a @ b`: the product applies the factor for free, and beta=0 ignores `out`."""
-    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+def _by_row(
+    packed_ND: torch.Tensor, layout: AttentionLayout, heads: int, group: int
+) -> torch.Tensor:
+    """`[A, K * G, D]` of rows that lie sequence by sequence as `[K, a * G, D]`."""
+
+    def build() -> torch.Tensor:
+        index = torch.arange(len(packed_ND))
+        for start, active in zip(layout.active_starts, layout.active_seqlens, strict=False):
+            own = index.narrow(0, start * heads * group, active * heads * group)
+            own.copy_(own.view(heads, active, group).transpose(0, 1).flatten())
+        return index
+
+    index = layout.memoised(("by_row", heads, group), build)
+    return packed_ND.index_select(0, index).unflatten(0, (layout.num_active, heads * group))
 
 
 def _tile_shape(

@@ -101,9 +101,9 @@ def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float)
     """Gradient of `rms_norm` with respect to `x`, [N, D]."""
     x = accurate(x_ND)
     scale = _inverse_rms(x, eps)
-    normed = x * scale
     dnormed = accurate(dy_ND) * accurate(weight_D)
-    return (scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))).to(dy_ND.dtype)
+    along = (dnormed * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
+    return dnormed.addcmul_(x, along, value=-1).mul_(scale).to(dy_ND.dtype)
 
 
 def _inverse_rms(x_ND: Tensor, eps: float) -> Tensor:
@@ -120,25 +120,23 @@ def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torc
     return torch.stack([angles.cos(), angles.sin()])[:, :, None, :]
 
 
-def rotate(x_NHP: Tensor, tables_2N1p: Tensor, *, out: Tensor | None = None) -> Tensor:
+def rotate(
+    x_NHP: Tensor, tables_2N1p: Tensor, *, out: Tensor | None = None, back: bool = False
+) -> Tensor:
     """Rotary embedding, halves layout (first half with second half), [N, H, P]; in `out` if it is
-    given."""
+    given. `back` turns by the opposite angle, which is also the gradient's way."""
     x = accurate(x_NHP)
     cos, sin = tables_2N1p
     turned = out if out is not None and out.dtype == x.dtype else None
     if turned is None:
         turned = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    sign = -1 if back else 1
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=right).addcmul_(first, sin, value=sign)
     if out is None or turned is out:
         return turned.to(x_NHP.dtype)
     return out.copy_(turned)
-
-
-def rotate_backward(dy_NHP: Tensor, tables_2N1p: Tensor) -> Tensor:
-    """Gradient of `rotate`: the rotation by the opposite angle."""
-    return rotate(dy_NHP, torch.stack([tables_2N1p[0], -tables_2N1p[1]]))
 
 
 def swiglu_(gate_up_N2F: Tensor) -> Tensor:
@@ -151,7 +149,8 @@ def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
     """Gradient of `swiglu`, [N, 2F]."""
     gate, up = (accurate(half) for half in gate_up_N2F.chunk(2, dim=-1))
     dy = accurate(dy_NF)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([dgate, dy * silu], -1).to(dy_NF.dtype)
+    gradient = torch.empty_like(gate_up_N2F, dtype=dy.dtype)
+    dgate, dup = gradient.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    torch.mul(dy, F.silu(gate), out=dup)
+    return gradient.to(dy_NF.dtype)

@@ -43,7 +43,6 @@ from boe_vllm.models.functional import (
     rms_norm_backward,
     rotary_tables,
     rotate,
-    rotate_backward,
     swiglu_,
     swiglu_backward,
 )
@@ -131,9 +130,10 @@ class LLaDABlock(nn.Module):
         """
         dgate_up = swiglu_backward(matmul_rows(dx_KD, self.ff_out.weight), tape.gate_up_K2F)
         dnormed = sum_over_ranks(matmul_rows(dgate_up, self.gate_up_proj.weight))
-        dx_KD = dx_KD + rms_norm_backward(dnormed, tape.after_attention_KD, self.ff_norm, self.eps)
+        dx = rms_norm_backward(dnormed, tape.after_attention_KD, self.ff_norm, self.eps)
+        dx_KD = dx.add_(dx_KD)
         dmixed = matmul_rows(dx_KD, self.attn_out.weight).view(len(dx_KD), -1, self.head_size)
-        dmixed = dmixed * open_K11
+        dmixed.mul_(open_K11)
         dq, dk, dv = attention_backward(
             dmixed,
             tape.queries_KHP,
@@ -142,14 +142,11 @@ class LLaDABlock(nn.Module):
             layout=layout.attention,
             scale=self.scale,
         )
-        dqkv = torch.cat([rotate_backward(dq, rotary), rotate_backward(dk, rotary), dv], dim=1)
-        dnormed = sum_over_ranks(matmul_rows(dqkv.reshape(len(dx_KD), -1), self.qkv_proj.weight))
-        return (
-            dx_KD + rms_norm_backward(dnormed, tape.before_KD, self.attn_norm, self.eps),
-            dmixed,
-            dk,
-            dv,
-        )
+        dqk = rotate(torch.cat([dq, dk], dim=1), rotary, back=True)
+        dqkv = torch.cat([dqk, dv], dim=1).flatten(1)
+        dnormed = sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))
+        dx = rms_norm_backward(dnormed, tape.before_KD, self.attn_norm, self.eps)
+        return dx.add_(dx_KD), dmixed, dk, dv
 
 
 class LLaDAForDiffusion(nn.Module):
