@@ -18,6 +18,7 @@ from boe_vllm.bench.agreement import Commits, from_trace, is_tie
 from boe_vllm.bench.baseline import PlainLLaDA
 from boe_vllm.bench.dense import dense_boe_step
 from boe_vllm.bench.flops import NetworkFlops, StepRows
+from boe_vllm.bench.parts import FUNCTIONS
 from boe_vllm.bench.states import VARIANTS, draw_state, one_step, open_loop, variant_fields
 from boe_vllm.bench.steering import block_mean, sampled_counts
 from boe_vllm.config import parse_sampler_config, plan_canvas
@@ -100,9 +101,13 @@ def test_a_benchmark_of_single_steps_ends_with_its_keys(capsys, command, keys):
 
 
 def test_all_variants_of_a_step_run(capsys):
-    assert main(["steering", *TINY, "--lengths", "24", "--blocks", "8"]) == 0
-    steps = [row["step"] for row in last_line(capsys.readouterr().out)["details"]]
+    assert main(["steering", *TINY, "--lengths", "24", "--blocks", "8", "--parts"]) == 0
+    out = capsys.readouterr().out
+    steps = [row["step"] for row in last_line(out)["details"]]
     assert steps == [*VARIANTS, "dense"]
+    assert all(label in out for label, _, _ in FUNCTIONS)
+    for _, owner, name in FUNCTIONS:
+        assert not hasattr(getattr(owner, name), "__wrapped__"), f"{name} is still watched"
 
 
 def test_memory_ends_with_its_keys():

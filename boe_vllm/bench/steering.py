@@ -11,6 +11,7 @@ after the other on the same states, and the median over the rounds counts.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from boe_vllm.bench.baseline import PlainLLaDA
 from boe_vllm.bench.dense import dense_boe_step
 from boe_vllm.bench.flops import NetworkFlops
 from boe_vllm.bench.machine import Environment, print_facts
+from boe_vllm.bench.parts import times_by_part
 from boe_vllm.bench.states import (
     DENSE,
     VARIANTS,
@@ -50,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", type=common.names(known), default=known)
     parser.add_argument("--rho", type=float, default=0.25, help="share of candidates")
     parser.add_argument("--every", action="store_true", help="measure at every number of masks")
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="where a step's time goes with half a block masked, of the first length and block",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -102,8 +109,31 @@ def run(args: argparse.Namespace) -> None:
                 if (row["length"], row["block"]) == (length, block)
             ],
         )
+    if args.parts:
+        _print_parts(loop, config, details[0]["length"], blocks[0], args)
     _explain(facts, config, flops, args)
     common.print_result("steering", keys, details=details, environment=facts, args=args)
+
+
+def _print_parts(loop: Any, config: Any, length: int, block: int, args: argparse.Namespace) -> None:
+    masked = max(1, block // 2)
+    state = draw_state(
+        config,
+        requests=args.requests,
+        length=length,
+        block=block,
+        masked=masked,
+        seed=args.seed,
+    )
+    names = dict.fromkeys([PLAIN, *(name for name in args.variants if name != DENSE)])
+    cases = {
+        name: functools.partial(one_step, loop, state, variant_fields(name, args.rho))
+        for name in names
+    }
+    common.print_table(
+        f"Where the time of a step goes, {length} positions, {masked} of {block} masked",
+        times_by_part(cases, 3 * args.repeats),
+    )
 
 
 def sampled_counts(block: int, rho: float) -> list[int]:
