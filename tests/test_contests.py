@@ -42,3 +42,6 @@ def test_policies_run_once_per_cell_and_sum_up(tmp_path):
     assert cells.read_text() == written
     assert again["details"] == result["details"]
     assert json.loads(written.splitlines()[0])["task"] == "sudoku4"
+    summed = bench(*arguments, "--no-run", "--tasks", "sudoku4,sudoku4-few,addition")
+    assert cells.read_text() == written
+    assert summed["details"] == result["details"]

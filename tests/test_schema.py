@@ -42,7 +42,7 @@ def narrowed(body: dict, asked: dict, data) -> dict:
         fields = st.sampled_from(sorted(body))
         kept = data.draw(st.sets(fields, max_size=3)) if body else ()
         body = asked | {k: body[k] for k in kept}
-    return body | {k: v for k, v in SMALL.items() if k == "model" or k in body}
+    return body | {k: v for k, v in SMALL.items() if k in ("model", "max_tokens") or k in body}
 
 
 @pytest.mark.slow

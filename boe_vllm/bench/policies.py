@@ -6,7 +6,7 @@ one block at temperature 0; policies that decide themselves how many tokens they
 `boe` is compared with its rivals item by item (exact McNemar test, two-sided).
 
 With `--cells FILE` every finished cell is appended to a file, and cells found there are not run
-again: a run can be cut short, extended with other tasks or policies, and summed up.
+again: a run can be cut short, extended with other tasks or policies, and summed up (`--no-run`).
 """
 
 from __future__ import annotations
@@ -74,12 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budgets", type=common.integers, default=[1, 2, 4, 8])
     parser.add_argument("--cells", type=Path, help="file of finished cells, JSON lines")
+    parser.add_argument(
+        "--no-run", action="store_true", help="sum up what --cells has, and run nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the cells that are missing, print the tables and the JSON line."""
     from tokenizers import Tokenizer
 
+    if args.no_run and args.cells is None:
+        raise common.UsageError("--no-run: expected --cells FILE beside it, which it sums up")
     environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     model = checkpoint.load_model(args, config, checkpoint.read_tensors(args, config))
@@ -132,6 +137,8 @@ def _cells(
             if budget > task.gen_length:
                 continue
             cell = known.get((task.name, name, budget))
+            if cell is None and args.no_run:
+                continue
             if cell is None:
                 cell = arena.contest(task, args.items, name, fields, budget)
                 _append(args.cells, cell)
@@ -209,7 +216,7 @@ def _keys(cells: Iterable[Cell]) -> dict[str, float | None]:
         for budget in budgets
         if (both := pair(task, "confidence", budget)) and both[0].share < both[1].share
     ]
-    if pair(ONE_ANSWER[-1], "confidence", max(budgets)):
+    if pair(ONE_ANSWER[-1], "confidence", max(budgets, default=0)):
         keys["policies.one_answer_least_p_of_a_loss"] = min(losses, default=1.0)
     plain, exact = by_key.get((MANY_ANSWERS, "confidence", 4)), pair(MANY_ANSWERS, "boe exact", 4)
     if plain and exact and exact[1].share > plain.share:
