@@ -77,14 +77,7 @@ def run(args: argparse.Namespace) -> None:
             times: Times = {name: {} for name in dict.fromkeys([PLAIN, *args.variants])}
             counts = range(1, block + 1) if args.every else sampled_counts(block, args.rho)
             for masked in counts:
-                state = draw_state(
-                    config,
-                    requests=args.requests,
-                    length=length,
-                    block=block,
-                    masked=masked,
-                    seed=args.seed,
-                )
+                state = _state(config, length, block, masked, args)
                 measured = common.interleaved(
                     {name: _case(name, loop, dense, state, args.rho) for name in times},
                     args,
@@ -117,14 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_parts(loop: Any, config: Any, length: int, block: int, args: argparse.Namespace) -> None:
     masked = max(1, block // 2)
-    state = draw_state(
-        config,
-        requests=args.requests,
-        length=length,
-        block=block,
-        masked=masked,
-        seed=args.seed,
-    )
+    state = _state(config, length, block, masked, args)
     names = dict.fromkeys([PLAIN, *(name for name in args.variants if name != DENSE)])
     cases = {
         name: functools.partial(one_step, loop, state, variant_fields(name, args.rho))
@@ -133,6 +119,17 @@ def _print_parts(loop: Any, config: Any, length: int, block: int, args: argparse
     common.print_table(
         f"Where the time of a step goes, {length} positions, {masked} of {block} masked",
         times_by_part(cases, 3 * args.repeats),
+    )
+
+
+def _state(config: Any, length: int, block: int, masked: int, args: argparse.Namespace) -> State:
+    return draw_state(
+        config,
+        requests=args.requests,
+        length=length,
+        block=block,
+        masked=masked,
+        seed=args.seed,
     )
 
 
