@@ -13,7 +13,7 @@ from oracle import Dense, random_weights, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boe_vllm.bench import baseline, common, main
+from boe_vllm.bench import baseline, common, main, steering
 from boe_vllm.bench.agreement import Commits, from_trace, is_tie
 from boe_vllm.bench.baseline import PlainLLaDA
 from boe_vllm.bench.dense import dense_boe_step
@@ -144,6 +144,11 @@ def test_an_unknown_benchmark_or_option_names_what_is_known(capsys):
     with pytest.raises(SystemExit):
         main(["steering", "--device", "tpu"])
     assert "cpu or cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["policies", "--no-run"])
+    assert "--no-run: expected --cells FILE" in capsys.readouterr().err
+    with pytest.raises(common.UsageError, match="--parts: expected --device cpu beside it"):
+        steering.run(argparse.Namespace(parts=True, device="cuda"))
 
 
 # ---- what is compared with ---------------------------------------------------------------------

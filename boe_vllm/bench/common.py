@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -143,6 +144,22 @@ def seconds(work: Callable[[], Any], device: torch.device, clock: str = "wall") 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return now() - start
+
+
+def watched(
+    work: Callable[..., Any], note: Callable[[float], None], now: Callable[[], float]
+) -> Callable[..., Any]:
+    """`work`, which tells `note` after every call how many seconds it took on the clock `now`."""
+
+    @functools.wraps(work)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            note(now() - start)
+
+    return call
 
 
 def ready(work: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:

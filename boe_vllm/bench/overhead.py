@@ -120,29 +120,31 @@ class _Stopwatch:
         llm_engine.step = self._step(llm_engine.step)
 
     def _step(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                self.step_time += self.now() - start
-                self.steps += 1
+        def note(seconds: float) -> None:
+            self.step_time += seconds
+            self.steps += 1
 
-        return timed
+        return common.watched(work, note, self.now)
 
     def _network(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def complete(*args: Any, **kwargs: Any) -> Any:
+            result = work(*args, **kwargs)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return result
+
+        def note(seconds: float) -> None:
+            self.network_time += seconds
+
+        outermost = common.watched(complete, note, self.now)
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return work(*args, **kwargs)
             self._inside = True
-            start = self.now()
             try:
-                result = work(*args, **kwargs)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                return result
+                return outermost(*args, **kwargs)
             finally:
-                self.network_time += self.now() - start
                 self._inside = False
 
         return timed

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 from boe_vllm.bench import common
 from boe_vllm.models import llada
@@ -75,22 +76,12 @@ def _watches() -> Iterator[list[float]]:
     """Seconds spent in each of `FUNCTIONS` while the context lasts."""
     sums = [0.0] * len(FUNCTIONS)
 
-    def watched(place: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                sums[place] += time.perf_counter() - start
+    def add(place: int, seconds: float) -> None:
+        sums[place] += seconds
 
-        return call
-
-    originals = [(owner, name, getattr(owner, name)) for _, owner, name in FUNCTIONS]
-    try:
-        for place, (owner, name, function) in enumerate(originals):
-            setattr(owner, name, watched(place, function))
+    with contextlib.ExitStack() as stack:
+        for place, (_, owner, name) in enumerate(FUNCTIONS):
+            note = functools.partial(add, place)
+            watch = common.watched(getattr(owner, name), note, time.perf_counter)
+            stack.enter_context(mock.patch.object(owner, name, watch))
         yield sums
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ ADAPTIVE = ("eb", "threshold", "factor", "klass")
 RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "boe exact")
 ONE_ANSWER = ("sudoku4", "sudoku6")
 MANY_ANSWERS = "sudoku6-few"
+Key = tuple[str, str, int]
+"""Task, contestant, tokens per step: what tells cells apart."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,18 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the cells that are missing, print the tables and the JSON line."""
-    from tokenizers import Tokenizer
-
     if args.no_run and args.cells is None:
         raise common.UsageError("--no-run: expected --cells FILE beside it, which it sums up")
     environment = Environment(args.device, args.dtype, args.clock)
-    config = checkpoint.read_config(args)
-    model = checkpoint.load_model(args, config, checkpoint.read_tensors(args, config))
-    tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
-    arena = Arena(open_loop(args, model), tokenizer, running=args.requests, seed=args.seed)
     tasks = [TASKS[name] for name in args.tasks]
-    with tempfile.TemporaryDirectory(prefix="boe_vllm_") as folder:
-        cells = _cells(arena, tasks, folder, args)
+    wanted = list(_keys_of_cells(tasks, args))
+    known = {cell.key: cell for cell in _read(args.cells) if len(cell.valid) == args.items}
+    missing = [key for key in wanted if key not in known]
+    if missing and not args.no_run:
+        known |= _run_cells(missing, args)
+    cells = [known[key] for key in wanted if key in known]
     facts = environment.facts()
     details = [_row(cell) for cell in cells]
     for task in tasks:
@@ -122,28 +122,32 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _cells(
-    arena: Arena, tasks: Sequence[GeneratedTask], folder: str, args: argparse.Namespace
-) -> list[Cell]:
-    """All cells, those that are not known run now; the table that `pc` needs lies in `folder`."""
-    known = {cell.key: cell for cell in _read(args.cells) if len(cell.valid) == args.items}
-    contestants = {name: CONTESTANTS[name] for name in args.policies}
-    if "pc" in contestants:
-        table = frequency_table(arena.tokenizer, list(TASKS.values()), folder)
-        contestants["pc"] = contestants["pc"] | {"frequencies": table}
-    cells = []
-    for task, (name, fields) in itertools.product(tasks, contestants.items()):
+def _keys_of_cells(tasks: Sequence[GeneratedTask], args: argparse.Namespace) -> Iterator[Key]:
+    for task, name in itertools.product(tasks, args.policies):
         for budget in [1] if name in ADAPTIVE else args.budgets:
-            if budget > task.gen_length:
-                continue
-            cell = known.get((task.name, name, budget))
-            if cell is None and args.no_run:
-                continue
-            if cell is None:
-                cell = arena.contest(task, args.items, name, fields, budget)
-                _append(args.cells, cell)
-                common.progress(f"{cell.key}: {cell.share:.3f} in {cell.seconds:.0f} s")
-            cells.append(cell)
+            if budget <= task.gen_length:
+                yield task.name, name, budget
+
+
+def _run_cells(missing: Sequence[Key], args: argparse.Namespace) -> dict[Key, Cell]:
+    """Run cells, and append each to the file as soon as it is finished."""
+    from tokenizers import Tokenizer
+
+    config = checkpoint.read_config(args)
+    model = checkpoint.load_model(args, config, checkpoint.read_tensors(args, config))
+    tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
+    arena = Arena(open_loop(args, model), tokenizer, running=args.requests, seed=args.seed)
+    contestants = dict(CONTESTANTS)
+    cells = {}
+    with tempfile.TemporaryDirectory(prefix="boe_vllm_") as folder:
+        if any(name == "pc" for _, name, _ in missing):
+            table = frequency_table(tokenizer, list(TASKS.values()), folder)
+            contestants["pc"] = contestants["pc"] | {"frequencies": table}
+        for task, name, budget in missing:
+            cell = arena.contest(TASKS[task], args.items, name, contestants[name], budget)
+            _append(args.cells, cell)
+            common.progress(f"{cell.key}: {cell.share:.3f} in {cell.seconds:.0f} s")
+            cells[cell.key] = cell
     return cells
 
 

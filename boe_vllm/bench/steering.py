@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the tables and the JSON line."""
+    if args.parts and args.device != "cpu":
+        raise common.UsageError(f"--parts: expected --device cpu beside it, got {args.device}")
     environment = Environment(args.device, args.dtype, args.clock)
     config = checkpoint.read_config(args)
     tensors = checkpoint.read_tensors(args, config)
