@@ -87,13 +87,15 @@ def test_a_killed_process_fails_its_clients_and_the_server(monkeypatch, victim, 
 
         thread = threading.Thread(target=wait)
 
+        victims = [
+            child
+            for child in psutil.Process(url.process.pid).children(recursive=True)
+            if victim in " ".join([child.name(), *child.cmdline()])
+        ]
+
         def kill():
+            victims[-1].send_signal(signal.SIGSTOP)  # so that the stream cannot end meanwhile
             thread.start()
-            victims = [
-                child
-                for child in psutil.Process(url.process.pid).children(recursive=True)
-                if victim in " ".join([child.name(), *child.cmdline()])
-            ]
             victims[-1].send_signal(signal.SIGKILL)
 
         lines, error = stream(url, LONG, kill)

@@ -6,6 +6,8 @@ import math
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -303,16 +305,32 @@ def test_the_readmes_series_exist_and_agree_with_each_other(url, client):
 
 def test_gauges_say_what_runs_now(url, client):
     fields = {"policy": "confidence", "cache": "dual", "block_length": 8}
-    stream = ask(client, max_tokens=400, stream=True, fields=fields, extra=WHOLE)
-    for n, _ in enumerate(stream):
-        if n == 3:
-            during = scrape(url)
+    seen = threading.Event()
+
+    def keep_it_busy():
+        """One request after the other, since a single one may end before a slow scrape begins."""
+        while not seen.is_set():
+            ask(client, max_tokens=400, fields=fields, extra=WHOLE)
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(keep_it_busy)
+        try:
+            for _ in range(200):
+                during = scrape(url)
+                if during["vllm:num_requests_running",] > 0 or running.done():
+                    break
+        finally:
+            seen.set()
+        running.result()
+    assert during["vllm:num_requests_running",] == 1
     assert during["boe:active_requests", ("policy", "confidence")] == 1
     assert 0 < during["boe:cache_rows_used",] <= during["boe:cache_rows",]
-    assert during["vllm:num_requests_running",] == 1
     ask(client, max_tokens=1)
     ask(client, max_tokens=1)
-    assert scrape(url)["boe:cache_rows_used",] == 0
+    after = scrape(url)
+    assert (
+        after["boe:cache_rows_used",] == after["boe:active_requests", ("policy", "confidence")] == 0
+    )
 
 
 def test_the_dashboard_shows_series_that_exist(url):
