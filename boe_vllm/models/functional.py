@@ -8,8 +8,6 @@ Legend: `N` rows, `D` width, `H` heads, `P` size of a head, `F` width of the MLP
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -38,57 +36,6 @@ class Scratch:
 def accurate(x: Tensor) -> Tensor:
     """`x` in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def matmul_rows(
-    x_ND: Tensor, weight_DE: Tensor, scratch: Scratch | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """`x @ weight`, [N, E]: each row's result is the same whatever the other rows are.
-
-    With `scratch` the result lies in its memory and is gone with the next product given it; `out`
-    is a place of its own.
-
-    On CPU, BLAS picks other kernels, with another order of summation, when a thread gets fewer
-    than four rows; a product of few rows is therefore filled up with zero rows. On CUDA this is
-    what vLLM's batch-invariant mode is for, which replaces `mm` itself.
-    """
-    rows = x_ND.shape[0]
-    if x_ND.device.type != "cpu":
-        product = x_ND @ weight_DE
-        return product if out is None else out.copy_(product)
-    least = 8 * torch.get_num_threads()
-    if rows < least:
-        x_ND = F.pad(x_ND, (0, 0, 0, least - rows))
-    place = scratch.like(x_ND, weight_DE.shape[1]) if scratch else out
-    if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
-        product = _widened(x_ND, weight_DE)
-    elif place is None or len(place) != len(x_ND):
-        product = x_ND @ weight_DE
-    else:
-        product = torch.mm(x_ND, weight_DE, out=place)
-    if out is None or product is out:
-        return product[:rows]
-    return out.copy_(product[:rows])
-
-
-@functools.cache
-def _has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices by itself."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _widened(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
-    """The product in float32, by slices of the weight of at most 64 MiB.
-
-    Without bfloat16 instructions, torch multiplies by a row-major bfloat16 matrix (a backward's) 18
-    times slower than this, where by a transposed one (a forward's) it is quick.
-    """
-    step = max(1, 2**24 // weight_DE.shape[1])
-    total = torch.zeros(len(x_ND), weight_DE.shape[1], device=x_ND.device)
-    for start in range(0, len(weight_DE), step):
-        part = slice(start, start + step)
-        total.addmm_(x_ND[:, part].float(), weight_DE[part].float())
-    return total.to(x_ND.dtype)
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:

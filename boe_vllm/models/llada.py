@@ -38,7 +38,6 @@ from boe_vllm.models import weights
 from boe_vllm.models.config import LLaDAConfig
 from boe_vllm.models.functional import (
     Scratch,
-    matmul_rows,
     rms_norm,
     rms_norm_backward,
     rotary_tables,
@@ -51,6 +50,7 @@ from boe_vllm.models.parallel import (
     FrozenLinearMethod,
     sum_over_ranks,
 )
+from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.tape import KeyValueContext, LayerTape, Tape, key_value_memory
 from boe_vllm.rows import RowLayout
 

@@ -11,7 +11,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from boe_vllm.models.functional import matmul_rows
+from boe_vllm.models.products import matmul_rows
 
 Tensor = torch.Tensor
 
