@@ -79,9 +79,11 @@ def finish(loop, ids=None):
     raise AssertionError("a request did not end")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values()))[:40])
-def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperature):
+def label(fields):
+    return "-".join(map(str, fields.values()))[:40]
+
+
+def check_alone_and_among_32_others(model, fields, temperature):
     rng = np.random.default_rng(5)
     prompt = rng.integers(0, 25, 9).tolist()
     params = params_of(
@@ -131,6 +133,35 @@ def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperat
     assert tokens["x"] == want_tokens["x"]
     assert reports["x"] == want_reports["x"]
     assert MASK not in tokens["x"] and len(tokens["x"]) == 24
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fields", VARIANTS, ids=label)
+def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperature):
+    check_alone_and_among_32_others(model, fields, temperature)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def wide_model(request):
+    """Wide enough for libraries to choose their kernels by the number of rows."""
+    config = small_config(d_model=512, mlp_hidden_size=1536)
+    model = build(config, dtype=request.param)
+    model.load_weights(random_weights(config).items())
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"policy": "boe"},
+        {"policy": "boe", "surrogate": "mask"},
+        {"policy": "boe", "surrogate": "inject", "context": "exact"},
+        {"policy": "lookum", "cfg_scale": 0.5},
+    ],
+    ids=label,
+)
+def test_that_holds_for_wide_networks_too(wide_model, fields):
+    check_alone_and_among_32_others(wide_model, fields, temperature=0.0)
 
 
 @pytest.mark.parametrize("steps, tokens_per_step", [(6, None), (None, 3), (None, 1), (24, None)])
