@@ -56,7 +56,6 @@ def fewest_rows(dtype: torch.dtype, threads: int) -> int | None:
     """
     if dtype not in (torch.float32, torch.float64):
         return None
-    ask_for_equal_rows()
     return _probe(dtype, threads)
 
 
@@ -64,17 +63,18 @@ def ask_for_equal_rows() -> None:
     """Ask Intel's library for its strict reproducible mode, which was seen to treat rows alike.
     What the user set stays.
 
-    The library reads this at its first use in a process. On other makers' processors the mode is
-    not defined.
+    On other makers' processors the mode is not defined.
     """
     if _is_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-@functools.cache
 def _is_intel() -> bool:
     described = Path("/proc/cpuinfo")
     return described.exists() and "GenuineIntel" in described.read_text()
+
+
+ask_for_equal_rows()  # at import: the library reads it once, at a process's first product
 
 
 @functools.cache
