@@ -24,7 +24,7 @@ logger = init_logger("vllm." + __name__)
 TILE = 64
 """Rows of a product of fixed size. Smaller ones read the weights more often, larger ones compute
 more zero rows where few are asked for."""
-_PROBED_ROWS = (1, 2, 3, 5, 8, 16, 17, 40, 64, 65, 100, 192, 300, 512)
+_PROBED_ROWS = (8, 16, 17, 40, 64, 65, 100, 192, 300, 512)
 _PROBED_WEIGHTS = ((96, 250), (512, 1536), (1536, 512), (4096, 1024))
 
 
@@ -40,16 +40,30 @@ def matmul_rows(
     if x_ND.device.type != "cpu":
         product = x_ND @ weight_DE
         return product if out is None else out.copy_(product)
-    if out is None:
-        width = weight_DE.shape[1]
-        out = scratch.like(x_ND, width) if scratch else x_ND.new_empty(len(x_ND), width)
+    rows, least = len(x_ND), fewest_rows(x_ND.dtype, torch.get_num_threads())
+    size = -(-rows // TILE) * TILE if least is None else max(rows, least)
+    if size > rows:
+        x_ND = F.pad(x_ND, (0, 0, 0, size - rows))
+    if scratch is not None:
+        place = scratch.like(x_ND, weight_DE.shape[1])
+    elif out is not None and size == rows:
+        place = out
+    else:
+        place = x_ND.new_empty(size, weight_DE.shape[1])
+    tile = size if least is not None else TILE
     if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
-        return out.copy_(_widened(x_ND, weight_DE))
-    return _multiply(x_ND, weight_DE, out)
+        place.copy_(_widened(x_ND, weight_DE, tile))
+    else:
+        _multiply(x_ND, weight_DE, place, tile)
+    if out is None:
+        return place[:rows]
+    return out if place is out else out.copy_(place[:rows])
 
 
 def fewest_rows(dtype: torch.dtype, threads: int) -> int | None:
     """From how many rows on this CPU's whole products treat rows alike; None: from no number.
+
+    Fewer are filled up with zero rows.
 
     Found by trying, since it depends on library, processor and threads. Half precision, where
     kernels change with nearly every number of rows, is not tried.
@@ -79,10 +93,9 @@ ask_for_equal_rows()  # at import: the library reads it once, at a process's fir
 
 @functools.cache
 def _probe(dtype: torch.dtype, threads: int) -> int | None:
-    for least in (1, 8 * threads):
-        if all(_rows_are_alike(dtype, *shape, least) for shape in _PROBED_WEIGHTS):
-            logger.debug("%s products on %d threads: whole, from %d rows.", dtype, threads, least)
-            return least
+    least = 8 * threads  # below four rows a thread, kernels for vectors come in
+    if all(_rows_are_alike(dtype, *shape, least) for shape in _PROBED_WEIGHTS):
+        return least
     logger.info(
         "%s products on %d threads are made %d rows at a time: larger ones depend on the batch.",
         dtype,
@@ -104,18 +117,16 @@ def _rows_are_alike(dtype: torch.dtype, depth: int, width: int, least: int) -> b
     return True
 
 
-def _multiply(x_ND: Tensor, weight_DE: Tensor, out_NE: Tensor, *, add: bool = False) -> Tensor:
-    """The product in, or added to, `out`, whole or tile by tile."""
-    rows, least = len(x_ND), fewest_rows(x_ND.dtype, torch.get_num_threads())
-    size = TILE if least is None else max(rows, least)
-    for start in range(0, rows, size):
-        x, out = x_ND[start : start + size], out_NE[start : start + size]
-        if len(x) == size and not add:
+def _multiply(
+    x_ND: Tensor, weight_DE: Tensor, out_NE: Tensor, tile: int, *, add: bool = False
+) -> None:
+    """The product in, or added to, `out`, so many rows at a time."""
+    for start in range(0, len(x_ND), tile):
+        x, out = x_ND[start : start + tile], out_NE[start : start + tile]
+        if add:
+            out.addmm_(x, weight_DE)
+        else:
             torch.mm(x, weight_DE, out=out)
-            continue
-        product = (F.pad(x, (0, 0, 0, size - len(x))) @ weight_DE)[: len(x)]
-        out.add_(product) if add else out.copy_(product)
-    return out_NE
 
 
 @functools.cache
@@ -124,7 +135,7 @@ def _has_fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _widened(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
+def _widened(x_ND: Tensor, weight_DE: Tensor, tile: int) -> Tensor:
     """The product in float32, by slices of the weight of at most 64 MiB.
 
     Without bfloat16 instructions, torch multiplies by a row-major bfloat16 matrix (a backward's) 18
@@ -134,5 +145,5 @@ def _widened(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
     total = torch.zeros(len(x_ND), weight_DE.shape[1], device=x_ND.device)
     for start in range(0, len(weight_DE), step):
         part = slice(start, start + step)
-        _multiply(x_ND[:, part].float(), weight_DE[part].float(), total, add=True)
+        _multiply(x_ND[:, part].float(), weight_DE[part].float(), total, tile, add=True)
     return total
