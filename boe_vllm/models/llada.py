@@ -45,11 +45,7 @@ from boe_vllm.models.functional import (
     swiglu_,
     swiglu_backward,
 )
-from boe_vllm.models.parallel import (
-    FrozenEmbeddingMethod,
-    FrozenLinearMethod,
-    sum_over_ranks,
-)
+from boe_vllm.models.parallel import FrozenEmbeddingMethod, FrozenLinearMethod, sum_over_ranks
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.tape import KeyValueContext, LayerTape, Tape, key_value_memory
 from boe_vllm.rows import RowLayout

@@ -24,7 +24,7 @@ logger = init_logger("vllm." + __name__)
 TILE = 64
 """Rows of a product of fixed size. Smaller ones read the weights more often, larger ones compute
 more zero rows where few are asked for."""
-_PROBED_ROWS = (8, 16, 17, 40, 64, 65, 100, 192, 300, 512)
+_PROBED_ROWS = (0, 1, 24, 48, 49, 84, 176, 284, 496)  # beyond the fewest
 _PROBED_WEIGHTS = ((96, 250), (512, 1536), (1536, 512), (4096, 1024))
 
 
@@ -40,8 +40,12 @@ def matmul_rows(
     if x_ND.device.type != "cpu":
         product = x_ND @ weight_DE
         return product if out is None else out.copy_(product)
+    if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
+        product = _widened(x_ND, weight_DE)
+        return product if out is None else out.copy_(product)
     rows, least = len(x_ND), fewest_rows(x_ND.dtype, torch.get_num_threads())
-    size = -(-rows // TILE) * TILE if least is None else max(rows, least)
+    tile = TILE if least is None else max(rows, least)
+    size = -(-rows // tile) * tile
     if size > rows:
         x_ND = F.pad(x_ND, (0, 0, 0, size - rows))
     if scratch is not None:
@@ -50,27 +54,33 @@ def matmul_rows(
         place = out
     else:
         place = x_ND.new_empty(size, weight_DE.shape[1])
-    tile = size if least is not None else TILE
-    if x_ND.dtype == torch.bfloat16 and weight_DE.stride(1) == 1 and not _has_fast_bfloat16():
-        place.copy_(_widened(x_ND, weight_DE, tile))
-    else:
-        _multiply(x_ND, weight_DE, place, tile)
+    for start in range(0, size, tile):
+        part = slice(start, start + tile)
+        torch.mm(x_ND[part], weight_DE, out=place[part])
     if out is None:
         return place[:rows]
     return out if place is out else out.copy_(place[:rows])
 
 
+@functools.cache
 def fewest_rows(dtype: torch.dtype, threads: int) -> int | None:
     """From how many rows on this CPU's whole products treat rows alike; None: from no number.
 
-    Fewer are filled up with zero rows.
-
-    Found by trying, since it depends on library, processor and threads. Half precision, where
-    kernels change with nearly every number of rows, is not tried.
+    Fewer are filled up with zero rows. Found by trying, since it depends on library, processor and
+    threads. Half precision, where kernels change with nearly every number of rows, is not tried.
     """
     if dtype not in (torch.float32, torch.float64):
         return None
-    return _probe(dtype, threads)
+    least = 8 * threads  # below four rows a thread, kernels for vectors come in
+    if all(_rows_are_alike(dtype, *shape, least) for shape in _PROBED_WEIGHTS):
+        return least
+    logger.info(
+        "%s products on %d threads are made %d rows at a time: larger ones depend on the batch.",
+        dtype,
+        threads,
+        TILE,
+    )
+    return None
 
 
 def ask_for_equal_rows() -> None:
@@ -91,42 +101,16 @@ def _is_intel() -> bool:
 ask_for_equal_rows()  # at import: the library reads it once, at a process's first product
 
 
-@functools.cache
-def _probe(dtype: torch.dtype, threads: int) -> int | None:
-    least = 8 * threads  # below four rows a thread, kernels for vectors come in
-    if all(_rows_are_alike(dtype, *shape, least) for shape in _PROBED_WEIGHTS):
-        return least
-    logger.info(
-        "%s products on %d threads are made %d rows at a time: larger ones depend on the batch.",
-        dtype,
-        threads,
-        TILE,
-    )
-    return None
-
-
 def _rows_are_alike(dtype: torch.dtype, depth: int, width: int, least: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(_PROBED_ROWS), depth, generator=generator).to(dtype)
+    x = torch.randn(least + max(_PROBED_ROWS), depth, generator=generator).to(dtype)
     weight = torch.randn(depth, width, generator=generator).to(dtype)
     for matrix in (weight, weight.t().contiguous().t()):
         whole = x @ matrix
-        for rows in _PROBED_ROWS:
-            if rows >= least and not torch.equal(x[:rows] @ matrix, whole[:rows]):
+        for rows in (least + more for more in _PROBED_ROWS):
+            if not torch.equal(x[:rows] @ matrix, whole[:rows]):
                 return False
     return True
-
-
-def _multiply(
-    x_ND: Tensor, weight_DE: Tensor, out_NE: Tensor, tile: int, *, add: bool = False
-) -> None:
-    """The product in, or added to, `out`, so many rows at a time."""
-    for start in range(0, len(x_ND), tile):
-        x, out = x_ND[start : start + tile], out_NE[start : start + tile]
-        if add:
-            out.addmm_(x, weight_DE)
-        else:
-            torch.mm(x, weight_DE, out=out)
 
 
 @functools.cache
@@ -135,8 +119,8 @@ def _has_fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _widened(x_ND: Tensor, weight_DE: Tensor, tile: int) -> Tensor:
-    """The product in float32, by slices of the weight of at most 64 MiB.
+def _widened(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
+    """The product made in float32, by slices of the weight of at most 64 MiB.
 
     Without bfloat16 instructions, torch multiplies by a row-major bfloat16 matrix (a backward's) 18
     times slower than this, where by a transposed one (a forward's) it is quick.
@@ -145,5 +129,5 @@ def _widened(x_ND: Tensor, weight_DE: Tensor, tile: int) -> Tensor:
     total = torch.zeros(len(x_ND), weight_DE.shape[1], device=x_ND.device)
     for start in range(0, len(weight_DE), step):
         part = slice(start, start + step)
-        _multiply(x_ND[:, part].float(), weight_DE[part].float(), total, tile, add=True)
-    return total
+        total += matmul_rows(x_ND[:, part].float(), weight_DE[part].float())
+    return total.to(x_ND.dtype)
