@@ -53,12 +53,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["boe_vllm", "boe_vllm.*"]),
-    package_data={"boe_vllm": ["py.typed", "assets/*/*", "tasks/prompts/*.txt"]},
+    package_data={"boe_vllm": ["py.typed", "assets/*/*", "lab/tasks/prompts/*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        "vllm.general_plugins": ["boe_vllm = boe_vllm.plugin:register"],
-        "vllm.stat_logger_plugins": ["boe_vllm = boe_vllm.metrics:DenoisingMetrics"],
+        "vllm.general_plugins": ["boe_vllm = boe_vllm.vllm_plugin.plugin:register"],
+        "vllm.stat_logger_plugins": ["boe_vllm = boe_vllm.vllm_plugin.metrics:DenoisingMetrics"],
         "console_scripts": ["boe-vllm = boe_vllm.cli:main"],
     },
     classifiers=[

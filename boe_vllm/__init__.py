@@ -7,7 +7,7 @@ that `LLM(model, sampler="boe")` works whichever of the two is imported first.
 
 from pathlib import Path
 
-from boe_vllm import hooks
+from boe_vllm.vllm_plugin import hooks
 
 __version__ = "0.1.0"
 __all__ = ["TINY", "__version__", "model_path", "tiny_model_path"]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 # Command -> module with a `main(argv)`, imported only when the command is used.
 COMMANDS = {
-    "bench": "boe_vllm.bench",
-    "eval": "boe_vllm.eval",
-    "plot": "boe_vllm.pictures.plot",
-    "watch": "boe_vllm.pictures.watch",
-    "count-frequencies": "boe_vllm.frequencies",
+    "bench": "boe_vllm.lab.bench",
+    "eval": "boe_vllm.lab.eval",
+    "plot": "boe_vllm.lab.pictures.plot",
+    "watch": "boe_vllm.lab.pictures.watch",
+    "count-frequencies": "boe_vllm.policies.frequencies",
 }
 
 

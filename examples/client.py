@@ -16,7 +16,7 @@ import json
 
 from openai import AsyncOpenAI, BadRequestError
 
-from boe_vllm.tasks import Item, Task, get_task
+from boe_vllm.lab.tasks import Item, Task, get_task
 
 POLICIES = ["boe", "confidence", "entropy", "random"]
 REFUSED = [

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vllm import LLM, SamplingParams
 
 import boe_vllm
-from boe_vllm.tasks import Item, Task, get_task
+from boe_vllm.lab.tasks import Item, Task, get_task
 
 
 def main() -> None:

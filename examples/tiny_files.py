@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from boe_vllm.tasks import TASKS
+from boe_vllm.lab.tasks import TASKS
 
 # Token id = byte value below 256; LLaDA's special tokens follow.
 SPECIAL_TOKENS = (
@@ -63,7 +63,7 @@ decoding in one block (standard error at most 0.03):
 |---|{rules}|
 {figures}
 
-`boe_vllm.tasks` makes the items and scores the answers; `boe_vllm.tiny_model_path()` is this
+`boe_vllm.lab.tasks` makes the items and scores the answers; `boe_vllm.tiny_model_path()` is this
 folder. Prompts in any other form, longer chains or larger numbers are out of its reach.
 
 **Network.** {layers} layers, width {width}, {heads} heads, SwiGLU of {mlp}, RMSNorm, rotary

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import boe_vllm
-from boe_vllm.tasks import get_task
+from boe_vllm.lab.tasks import get_task
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from boe_vllm.tasks import TASKS, Item, Task
+from boe_vllm.lab.tasks import TASKS, Item, Task
 
 # Sequences per optimiser step. Tasks that share a prompt length share a micro-batch.
 MIXTURE = {

@@ -10,12 +10,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parent, *sorted(Path(__file__).parent.glob("*/"))):
+    sys.path.append(str(folder))  # tests share helpers across folders
 
 
 @pytest.fixture(scope="session")
 def shared_server():
-    """One server for the tests that ask for nothing but a server."""
+    """One server for the tests that query for nothing but a server."""
     from server import serving
 
     with serving("--sampler", "boe", "--sampler-config", '{"rho": 0.25}') as url:

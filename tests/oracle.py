@@ -10,7 +10,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from boe_vllm.models.config import LLaDAConfig
+from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.models.weights import PREFIX
 
 Tensor = torch.Tensor

@@ -15,8 +15,8 @@ from oracle import Dense
 from safetensors.torch import load_file
 
 import boe_vllm
-from boe_vllm import randomness
-from boe_vllm.models.config import LLaDAConfig
+from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.sampling import randomness
 
 TINY = Path(boe_vllm.__file__).parent / "assets" / "tiny-llada"
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from boe_vllm import randomness
+from boe_vllm.sampling import randomness
 
 GRID = 2**-16
 

@@ -8,12 +8,12 @@ import math
 
 import numpy as np
 
-from boe_vllm.config import parse_sampler_config, plan_canvas
-from boe_vllm.engine.canvas import Canvas
-from boe_vllm.engine.request import RequestParams
-from boe_vllm.engine.views import view_of
-from boe_vllm.prediction import RowStatistics
-from boe_vllm.steering.asks import Lookahead, Prospect
+from boe_vllm.decoding.canvas import Canvas
+from boe_vllm.decoding.views import view_of
+from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.resolved import RequestParams
+from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.steering.queries import Lookahead, Prospect
 
 VOCAB, MASK = 9, 8
 PATTERNS = [
@@ -60,10 +60,10 @@ class Toy:
             top_logprobs=None,
         )
 
-    def prospects(self, tokens, positions, ask: Lookahead):
+    def prospects(self, tokens, positions, query: Lookahead):
         """The answer to a look-ahead that writes tokens."""
         found = []
-        for written, values in zip(ask.writes, ask.tokens, strict=True):
+        for written, values in zip(query.writes, query.tokens, strict=True):
             state = tokens.copy()
             state[positions[written]] = values
             still = np.setdiff1d(np.arange(len(positions)), written)
@@ -71,7 +71,7 @@ class Toy:
                 "block": positions[still],
                 "masked": np.flatnonzero(state == MASK),
                 "all": np.arange(len(state)),
-            }[ask.observe]
+            }[query.observe]
             block = self.statistics(state, positions[still])
             elsewhere = self.statistics(state, np.setdiff1d(seen, positions[still]))
             found.append(
@@ -82,7 +82,7 @@ class Toy:
                     margin=block.margin,
                     entropy=block.entropy,
                     elsewhere=elsewhere.entropy,
-                    carry=block if ask.carry else None,
+                    carry=block if query.carry else None,
                 )
             )
         return found
@@ -125,11 +125,11 @@ class Driven:
         generator, reply = canvas.policy.step(view), None
         while True:
             try:
-                ask = generator.send(reply)
+                query = generator.send(reply)
             except StopIteration as stop:
                 commit = stop.value
                 break
-            reply = self.toy.prospects(canvas.tokens, positions, ask)
+            reply = self.toy.prospects(canvas.tokens, positions, query)
             self.forwards += len(reply)
         canvas.apply(commit, view, slice(0, len(rows)), statistics)
         self.views.append(view)

@@ -38,9 +38,9 @@ __all__ = [
 
 
 def attention_forward(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -49,10 +49,10 @@ def attention_forward(
     """Plain attention of each sequence's query rows to all of its keys.
 
     Args:
-        q_THD: packed queries of all query rows, `[T, H, D]`; float32 or bfloat16, on the CPU also
+        q_THP: packed queries of all query rows, `[T, H, D]`; float32 or bfloat16, on the CPU also
             float64, on CUDA also float16.
-        k_SHD: packed keys, `[S, H or fewer, D]`, in q's dtype.
-        v_SHD: packed values, shaped as k.
+        k_SHP: packed keys, `[S, H or fewer, D]`, in q's dtype.
+        v_SHP: packed values, shaped as k.
         layout: lengths of the sequences; which rows are active does not matter here.
         scale: factor of `q·k` before the softmax.
         impl: see the module.
@@ -66,14 +66,14 @@ def attention_forward(
             gradient while grad mode is on (use `active_query_attention`).
         ImportError: `impl` resolves to xformers, which is not installed.
     """
-    module = _checked("attention_forward", q_THD, k_SHD, v_SHD, layout, impl)
-    return module.forward(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
+    module = _checked("attention_forward", q_THP, k_SHP, v_SHP, layout, impl)
+    return module.forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
 
 
 def attention_forward_with_lse(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -88,32 +88,32 @@ def attention_forward_with_lse(
         o `[T, H, D]` in q's dtype; lse `[T, H]` in float32 (float64 for float64 inputs), or None
         from `torch_sdpa`, which has no use for it.
     """
-    module = _checked("attention_forward_with_lse", q_THD, k_SHD, v_SHD, layout, impl)
-    return module.forward_with_lse(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
+    module = _checked("attention_forward_with_lse", q_THP, k_SHP, v_SHP, layout, impl)
+    return module.forward_with_lse(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
 
 
 def attention_backward(
-    do_AHD: torch.Tensor,
-    q_AHD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    do_AHP: torch.Tensor,
+    q_AHP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHD: torch.Tensor | None = None,
+    o_AHP: torch.Tensor | None = None,
     lse_AH: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the active rows, from the gradients of their outputs; autograd is not used.
 
     Args:
-        do_AHD: gradients of the active rows' outputs, `[A, H, D]`, in q's dtype.
-        q_AHD: packed queries of the active rows only, `[A, H, D]`.
-        k_SHD: packed keys of all rows, `[S, H or fewer, D]`.
-        v_SHD: packed values of all rows, shaped as k.
+        do_AHP: gradients of the active rows' outputs, `[A, H, D]`, in q's dtype.
+        q_AHP: packed queries of the active rows only, `[A, H, D]`.
+        k_SHP: packed keys of all rows, `[S, H or fewer, D]`.
+        v_SHP: packed values of all rows, shaped as k.
         layout: the layout of the forward.
         scale: the forward's.
-        o_AHD: outputs of the active rows, `[A, H, D]`, in q's dtype; saves xformers a forward over
+        o_AHP: outputs of the active rows, `[A, H, D]`, in q's dtype; saves xformers a forward over
             these rows if `lse_AH` is given too. Other implementations recompute what they need.
         lse_AH: logsumexp of the active rows' scores, `[A, H]`, float32 (float64 for float64).
         impl: see the module.
@@ -125,23 +125,23 @@ def attention_backward(
     Raises:
         ValueError, ImportError: as `attention_forward`.
     """
-    module = _checked("attention_backward", q_AHD, k_SHD, v_SHD, layout, impl, active=True)
-    check_no_grad("attention_backward", do_AHD)
-    for name, x in (("do", do_AHD), ("o", o_AHD)):
+    module = _checked("attention_backward", q_AHP, k_SHP, v_SHP, layout, impl, active=True)
+    check_no_grad("attention_backward", do_AHP)
+    for name, x in (("do", do_AHP), ("o", o_AHP)):
         if x is not None:
-            check_like_active(name, x, q_AHD, tuple(q_AHD.shape))
-            check_like_q(name, x, q_AHD)
+            check_like_active(name, x, q_AHP, tuple(q_AHP.shape))
+            check_like_q(name, x, q_AHP)
     if lse_AH is not None:
-        check_like_active("lse", lse_AH, q_AHD, tuple(q_AHD.shape[:2]))
+        check_like_active("lse", lse_AH, q_AHP, tuple(q_AHP.shape[:2]))
     return module.backward(
-        do_AHD, q_AHD, k_SHD, v_SHD, layout=layout, scale=scale, o_AHD=o_AHD, lse_AH=lse_AH
+        do_AHP, q_AHP, k_SHP, v_SHP, layout=layout, scale=scale, o_AHP=o_AHP, lse_AH=lse_AH
     )
 
 
 def active_query_attention(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -157,14 +157,14 @@ def active_query_attention(
     Returns:
         `[T, H, D]` in q's dtype.
     """
-    check_inputs(q_THD, k_SHD, v_SHD, q_rows=layout.num_queries, layout=layout)
-    impl = resolve_impl(impl, q_THD.device.type, q_THD.dtype)
+    check_inputs(q_THP, k_SHP, v_SHP, q_rows=layout.num_queries, layout=layout)
+    impl = resolve_impl(impl, q_THP.device.type, q_THP.dtype)
     module = _load(impl)
     if impl == "reference":
-        return module.active_query_attention(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_SHD, v_SHD)):
-        return _ActiveQueryAttention.apply(q_THD, k_SHD, v_SHD, layout, scale, module)
-    return module.forward(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
+        return module.active_query_attention(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THP, k_SHP, v_SHP)):
+        return _ActiveQueryAttention.apply(q_THP, k_SHP, v_SHP, layout, scale, module)
+    return module.forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
 
 
 class _ActiveQueryAttention(torch.autograd.Function):
@@ -173,42 +173,42 @@ class _ActiveQueryAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q_THD: torch.Tensor,
-        k_SHD: torch.Tensor,
-        v_SHD: torch.Tensor,
+        q_THP: torch.Tensor,
+        k_SHP: torch.Tensor,
+        v_SHP: torch.Tensor,
         layout: AttentionLayout,
         scale: float,
         module: ModuleType,
     ) -> torch.Tensor:
-        o_THD, lse_TH = module.forward_with_lse(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
-        index = layout.active_index(q_THD.device)
+        o_THP, lse_TH = module.forward_with_lse(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
+        index = layout.active_index(q_THP.device)
         # Of the queries (and outputs, where the backward wants them) only active rows are kept.
-        o_AHD, lse_AH = (None, None) if lse_TH is None else (o_THD[index], lse_TH[index])
-        ctx.save_for_backward(q_THD[index], k_SHD, v_SHD, o_AHD, lse_AH)
+        o_AHP, lse_AH = (None, None) if lse_TH is None else (o_THP[index], lse_TH[index])
+        ctx.save_for_backward(q_THP[index], k_SHP, v_SHP, o_AHP, lse_AH)
         ctx.layout, ctx.scale, ctx.module = layout, scale, module
-        return o_THD
+        return o_THP
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do_THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_AHD, k_SHD, v_SHD, o_AHD, lse_AH = ctx.saved_tensors
+    def backward(ctx: Any, do_THP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_AHP, k_SHP, v_SHP, o_AHP, lse_AH = ctx.saved_tensors
         layout: AttentionLayout = ctx.layout
-        index = layout.active_index(do_THD.device)
-        kv_index = layout.active_kv_index(do_THD.device)
-        dq_AHD, dk_AHD, dv_AHD = ctx.module.backward(
-            do_THD[index],
-            q_AHD,
-            k_SHD,
-            v_SHD,
+        index = layout.active_index(do_THP.device)
+        kv_index = layout.active_kv_index(do_THP.device)
+        dq_AHP, dk_AHP, dv_AHP = ctx.module.backward(
+            do_THP[index],
+            q_AHP,
+            k_SHP,
+            v_SHP,
             layout=layout,
             scale=ctx.scale,
-            o_AHD=o_AHD,
+            o_AHP=o_AHP,
             lse_AH=lse_AH,
         )
-        dq_THD = do_THD.new_zeros(do_THD.shape).index_copy_(0, index, dq_AHD)
-        dk_SHD = k_SHD.new_zeros(k_SHD.shape).index_copy_(0, kv_index, dk_AHD)
-        dv_SHD = v_SHD.new_zeros(v_SHD.shape).index_copy_(0, kv_index, dv_AHD)
-        return dq_THD, dk_SHD, dv_SHD, None, None, None
+        dq_THP = do_THP.new_zeros(do_THP.shape).index_copy_(0, index, dq_AHP)
+        dk_SHP = k_SHP.new_zeros(k_SHP.shape).index_copy_(0, kv_index, dk_AHP)
+        dv_SHP = v_SHP.new_zeros(v_SHP.shape).index_copy_(0, kv_index, dv_AHP)
+        return dq_THP, dk_SHP, dv_SHP, None, None, None
 
 
 def _checked(
@@ -232,7 +232,7 @@ def _load(impl: str) -> ModuleType:
     if impl == "reference":
         from boe_vllm.attention import reference as module
     elif impl == "torch_sdpa":
-        from boe_vllm.attention import torch_sdpa as module  # type: ignore[no-redef]
+        from boe_vllm.attention import torch_cpu as module  # type: ignore[no-redef]
     else:
         assert impl == "xformers", f"resolve_impl returned {impl!r}"
         from boe_vllm.attention import xformers as module  # type: ignore[no-redef]

@@ -12,21 +12,21 @@ from boe_vllm.attention.layout import AttentionLayout
 
 
 def forward(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
 ) -> torch.Tensor:
     """Plain attention, differentiable in everything; `[T, H, D]` in q's dtype."""
-    return forward_with_lse(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)[0]
+    return forward_with_lse(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)[0]
 
 
 def forward_with_lse(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -36,27 +36,27 @@ def forward_with_lse(
     Returns:
         o `[T, H, D]` in q's dtype; lse `[T, H]`, float32 (float64 for float64 inputs).
     """
-    dtype = torch.promote_types(q_THD.dtype, torch.float32)
-    group = q_THD.shape[1] // k_SHD.shape[1]
+    dtype = torch.promote_types(q_THP.dtype, torch.float32)
+    group = q_THP.shape[1] // k_SHP.shape[1]
     outs, lses = [], []
     for i in range(layout.num_sequences):
-        q = q_THD[layout.q_starts[i] : layout.q_starts[i + 1]].to(dtype)
-        k = k_SHD[layout.kv_starts[i] : layout.kv_starts[i + 1]].to(dtype)
-        v = v_SHD[layout.kv_starts[i] : layout.kv_starts[i + 1]].to(dtype)
+        q = q_THP[layout.q_starts[i] : layout.q_starts[i + 1]].to(dtype)
+        k = k_SHP[layout.kv_starts[i] : layout.kv_starts[i + 1]].to(dtype)
+        v = v_SHP[layout.kv_starts[i] : layout.kv_starts[i + 1]].to(dtype)
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
         lses.append(scores.logsumexp(dim=-1).transpose(0, 1))
     if not outs:
-        return q_THD.clone(), q_THD.new_empty(q_THD.shape[:2], dtype=dtype)
-    return torch.cat(outs).to(q_THD.dtype), torch.cat(lses)
+        return q_THP.clone(), q_THP.new_empty(q_THP.shape[:2], dtype=dtype)
+    return torch.cat(outs).to(q_THP.dtype), torch.cat(lses)
 
 
 def active_query_attention(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -67,38 +67,38 @@ def active_query_attention(
     not matter in a network: an inactive row's keys come from its residual stream, whose attention
     output is stopped, so their gradient reaches no other row's embedding.
     """
-    active_T11 = _rows(q_THD.shape[0], layout.active_index(q_THD.device))
-    active_S11 = _rows(k_SHD.shape[0], layout.active_kv_index(k_SHD.device))
-    k_SHD = torch.where(active_S11, k_SHD, k_SHD.detach())
-    v_SHD = torch.where(active_S11, v_SHD, v_SHD.detach())
-    y_THD = forward(q_THD, k_SHD, v_SHD, layout=layout, scale=scale)
-    return torch.where(active_T11, y_THD, y_THD.detach())
+    active_T11 = _rows(q_THP.shape[0], layout.active_index(q_THP.device))
+    active_S11 = _rows(k_SHP.shape[0], layout.active_kv_index(k_SHP.device))
+    k_SHP = torch.where(active_S11, k_SHP, k_SHP.detach())
+    v_SHP = torch.where(active_S11, v_SHP, v_SHP.detach())
+    y_THP = forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
+    return torch.where(active_T11, y_THP, y_THP.detach())
 
 
 def backward(
-    do_AHD: torch.Tensor,
-    q_AHD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    do_AHP: torch.Tensor,
+    q_AHP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHD: torch.Tensor | None = None,
+    o_AHP: torch.Tensor | None = None,
     lse_AH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the active rows' q, k and v, by autograd; `o_AHD` and `lse_AH` are not needed.
+    """Gradients of the active rows' q, k and v, by autograd; `o_AHP` and `lse_AH` are not needed.
 
     Inactive queries are left out altogether: they receive no gradient and pass none on.
     """
     active = layout.active_only()
-    index = layout.active_kv_index(k_SHD.device)
+    index = layout.active_kv_index(k_SHP.device)
     # Clones made outside inference mode are ordinary tensors, which autograd accepts.
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v = (x.clone().detach().requires_grad_() for x in (q_AHD, k_SHD, v_SHD))
+        q, k, v = (x.clone().detach().requires_grad_() for x in (q_AHP, k_SHP, v_SHP))
         o = active_query_attention(q, k, v, layout=active, scale=scale)
         if not o.requires_grad or not o.numel():
             return torch.zeros_like(q), torch.zeros_like(k)[index], torch.zeros_like(v)[index]
-        dq, dk, dv = torch.autograd.grad(o, (q, k, v), do_AHD.clone())
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), do_AHP.clone())
     return dq, dk[index], dv[index]
 
 

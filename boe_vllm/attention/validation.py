@@ -123,16 +123,16 @@ def check_like_q(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def check_like_active(
-    name: str, x: torch.Tensor, q_AHD: torch.Tensor, shape: tuple[int, ...]
+    name: str, x: torch.Tensor, q_AHP: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
     """Check the shape and device of something that belongs to the active rows.
 
     Raises:
         ValueError: another shape or device than expected.
     """
-    if tuple(x.shape) != shape or x.device != q_AHD.device:
+    if tuple(x.shape) != shape or x.device != q_AHP.device:
         raise ValueError(
-            f"{name}: expected shape {shape} on {q_AHD.device}, got {tuple(x.shape)} on "
+            f"{name}: expected shape {shape} on {q_AHP.device}, got {tuple(x.shape)} on "
             f"{x.device}; give it for the active rows, as q"
         )
 

@@ -40,25 +40,25 @@ class MaskPlan:
 
 
 def forward(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
 ) -> torch.Tensor:
     """Plain attention of every packed sequence; `[T, H, D]` in q's dtype."""
     if not layout.num_queries:
-        return torch.empty_like(q_THD)
-    plan = mask_plan(layout, q_THD.device)
+        return torch.empty_like(q_THP)
+    plan = mask_plan(layout, q_THP.device)
     kernel = _fmha().memory_efficient_attention_forward
-    return _run_forward(kernel, q_THD, k_SHD, v_SHD, plan, scale).squeeze(0)
+    return _run_forward(kernel, q_THP, k_SHP, v_SHP, plan, scale).squeeze(0)
 
 
 def forward_with_lse(
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -72,28 +72,28 @@ def forward_with_lse(
         ValueError: no forward kernel takes these inputs; the message has each one's reasons.
     """
     if not layout.num_queries:
-        return torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    plan = mask_plan(layout, q_THD.device)
+        return torch.empty_like(q_THP), q_THP.new_empty(q_THP.shape[:2], dtype=torch.float32)
+    plan = mask_plan(layout, q_THP.device)
     kernel = _fmha().memory_efficient_attention_forward_requires_grad
-    o, lse = _run_forward(kernel, q_THD, k_SHD, v_SHD, plan, scale)
+    o, lse = _run_forward(kernel, q_THP, k_SHP, v_SHP, plan, scale)
     return o.squeeze(0), unpack_lse(lse, plan.q_seqlens)
 
 
 def backward(
-    do_AHD: torch.Tensor,
-    q_AHD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    do_AHP: torch.Tensor,
+    q_AHP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHD: torch.Tensor | None = None,
+    o_AHP: torch.Tensor | None = None,
     lse_AH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the active rows' q, k and v.
 
     Args:
-        o_AHD, lse_AH: the active rows of what `forward_with_lse` returned; unless both are given,
+        o_AHP, lse_AH: the active rows of what `forward_with_lse` returned; unless both are given,
             a forward over the active rows recomputes them.
 
     Returns:
@@ -102,22 +102,22 @@ def backward(
     Raises:
         ValueError: no backward kernel takes these inputs; the message has each one's reasons.
     """
-    kv_heads = k_SHD.shape[1]
+    kv_heads = k_SHP.shape[1]
     if not layout.num_active:
-        empty = k_SHD.new_empty((0, *k_SHD.shape[1:]))
-        return torch.empty_like(q_AHD), empty, torch.empty_like(empty)
+        empty = k_SHP.new_empty((0, *k_SHP.shape[1:]))
+        return torch.empty_like(q_AHP), empty, torch.empty_like(empty)
     active = layout.active_only()
-    if o_AHD is None or lse_AH is None:
-        o_AHD, lse_AH = forward_with_lse(q_AHD, k_SHD, v_SHD, layout=active, scale=scale)
-    plan = mask_plan(active, q_AHD.device)
-    k, v = _keys_for(k_SHD, v_SHD, plan, q_AHD.shape[1])
+    if o_AHP is None or lse_AH is None:
+        o_AHP, lse_AH = forward_with_lse(q_AHP, k_SHP, v_SHP, layout=active, scale=scale)
+    plan = mask_plan(active, q_AHP.device)
+    k, v = _keys_for(k_SHP, v_SHP, plan, q_AHP.shape[1])
     fmha = _fmha()
-    op = backward_operator(fmha, q_AHD, k, v, plan.mask, scale)
+    op = backward_operator(fmha, q_AHP, k, v, plan.mask, scale)
     dq, dk, dv = fmha.memory_efficient_attention_backward(
-        do_AHD.unsqueeze(0),
-        o_AHD.unsqueeze(0),
+        do_AHP.unsqueeze(0),
+        o_AHP.unsqueeze(0),
         pack_lse(lse_AH, plan.q_seqlens, packed=op.VARLEN_LSE_PACKED),
-        q_AHD.unsqueeze(0),
+        q_AHP.unsqueeze(0),
         k.unsqueeze(0),
         v.unsqueeze(0),
         plan.mask,
@@ -125,7 +125,7 @@ def backward(
         op=op,
     )
     dk, dv = (x.squeeze(0).index_select(0, plan.active_kv_index) for x in (dk, dv))
-    if kv_heads != q_AHD.shape[1]:
+    if kv_heads != q_AHP.shape[1]:
         dk, dv = (
             x.unflatten(1, (kv_heads, -1)).sum(dim=2, dtype=torch.float32).to(x.dtype)
             for x in (dk, dv)
@@ -150,9 +150,9 @@ def _make_mask_plan(layout: AttentionLayout, device: torch.device) -> MaskPlan:
             layout.active_seqlens,
         )
     )
-    kept_starts, total = [], 0
+    saved_starts, total = [], 0
     for length in kv_seqlens:
-        kept_starts.append(total)
+        saved_starts.append(total)
         total += length
     gather = total != layout.num_keys
     return MaskPlan(
@@ -161,15 +161,15 @@ def _make_mask_plan(layout: AttentionLayout, device: torch.device) -> MaskPlan:
         ),
         q_seqlens=q_seqlens,
         kv_index=row_index(kv_starts, kv_seqlens).to(device) if gather else None,
-        active_kv_index=row_index(tuple(kept_starts), active_seqlens).to(device),
+        active_kv_index=row_index(tuple(saved_starts), active_seqlens).to(device),
     )
 
 
 def backward_operator(
     fmha: ModuleType,
-    q_AHD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_AHP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     mask: Any,
     scale: float,
 ) -> Any:
@@ -180,7 +180,7 @@ def backward_operator(
     Raises:
         ValueError: there is none.
     """
-    q, k, v = (x.unsqueeze(0) for x in (q_AHD, k_SHD, v_SHD))
+    q, k, v = (x.unsqueeze(0) for x in (q_AHP, k_SHP, v_SHP))
     inputs = fmha.Inputs(query=q, key=k, value=v, attn_bias=mask, scale=scale)
     reasons = []
     for op in (fmha.flash3.BwOp, fmha.flash.BwOp, fmha.cutlass.BwOp):
@@ -188,7 +188,7 @@ def backward_operator(
         if not against:
             return op
         reasons.append(f"{op.NAME}: {'; '.join(against)}")
-    raise _refusal("backward", q_AHD, " | ".join(reasons))
+    raise _refusal("backward", q_AHP, " | ".join(reasons))
 
 
 def unpack_lse(lse: torch.Tensor, q_seqlens: tuple[int, ...]) -> torch.Tensor:
@@ -219,42 +219,42 @@ def pack_lse(lse_TH: torch.Tensor, q_seqlens: tuple[int, ...], *, packed: bool) 
 
 def _run_forward(
     kernel: Callable[..., Any],
-    q_THD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_THP: torch.Tensor,
+    k_SHP: torch.Tensor,
+    v_SHP: torch.Tensor,
     plan: MaskPlan,
     scale: float,
 ) -> Any:
     """One of xformers' forwards on packed rows; ValueError if it has no kernel for them."""
-    qkv = (q_THD, *_keys_for(k_SHD, v_SHD, plan, q_THD.shape[1]))
+    qkv = (q_THP, *_keys_for(k_SHP, v_SHP, plan, q_THP.shape[1]))
     try:
         return kernel(*(x.unsqueeze(0) for x in qkv), plan.mask, scale=scale)
     except NotImplementedError as error:  # what xformers' dispatch raises
-        raise _refusal("forward", q_THD, str(error)) from error
+        raise _refusal("forward", q_THP, str(error)) from error
 
 
-def _refusal(direction: str, q_THD: torch.Tensor, reasons: str) -> ValueError:
+def _refusal(direction: str, q_THP: torch.Tensor, reasons: str) -> ValueError:
     return ValueError(
-        f"impl='xformers': expected inputs that a {direction} kernel takes, got {q_THD.dtype} with "
-        f"head width {q_THD.shape[-1]} on {q_THD.device}; bfloat16 with a head width divisible by "
+        f"impl='xformers': expected inputs that a {direction} kernel takes, got {q_THP.dtype} with "
+        f"head width {q_THP.shape[-1]} on {q_THP.device}; bfloat16 with a head width divisible by "
         f"8 has the widest support. xformers says: {reasons}"
     )
 
 
 def _keys_for(
-    k_SHD: torch.Tensor, v_SHD: torch.Tensor, plan: MaskPlan, heads: int
+    k_SHP: torch.Tensor, v_SHP: torch.Tensor, plan: MaskPlan, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values under the mask, with as many heads as the queries.
 
     Grouped heads are repeated rather than passed in xformers' 5-d format: its backward kernels do
     not take it, and its CUTLASS forward would run every group on a side stream of its own.
     """
-    group = heads // k_SHD.shape[1]
+    group = heads // k_SHP.shape[1]
     if plan.kv_index is not None:
-        k_SHD, v_SHD = (x.index_select(0, plan.kv_index) for x in (k_SHD, v_SHD))
+        k_SHP, v_SHP = (x.index_select(0, plan.kv_index) for x in (k_SHP, v_SHP))
     if group > 1:
-        k_SHD, v_SHD = (x.repeat_interleave(group, dim=1) for x in (k_SHD, v_SHD))
-    return k_SHD, v_SHD
+        k_SHP, v_SHP = (x.repeat_interleave(group, dim=1) for x in (k_SHP, v_SHP))
+    return k_SHP, v_SHP
 
 
 def _fmha() -> Any:

@@ -14,8 +14,8 @@ from vllm.distributed import (
     model_parallel_is_initialized,
 )
 
-from boe_vllm.models.config import LLaDAConfig
-from boe_vllm.models.llada import LLaDAForDiffusion
+from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.llada import LLaDAConfig
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 if TYPE_CHECKING:
-    from boe_vllm.models.llada import LLaDAForDiffusion
+    from boe_vllm.models.decoder import LLaDAForDiffusion
 
 PREFIX = "model.transformer."
 

@@ -1,8 +1,8 @@
 """The contract between the engine and an unmasking policy.
 
 In each denoising step the engine shows a policy a `View` of one request: statistics of the masked
-positions that may be written now. The policy answers with a `Commit`. It may first ask for more
-work of the denoiser by yielding `Ask`s; the engine answers the asks of all requests of the batch
+positions that may be written now. The policy answers with a `Commit`. It may first query for more
+work of the denoiser by yielding `Query`s; the engine answers the queries of all requests of the batch
 in shared, packed passes. A policy never sees a tensor, another request, or vLLM.
 
 Legend: `M` masked positions that may be written now, `C` candidates, `b` tokens of this step.
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.options import options
-from boe_vllm.steering.asks import Ask
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.options import options
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Query
 
 if TYPE_CHECKING:
-    from boe_vllm.prediction import RowStatistics
+    from boe_vllm.sampling.statistics import RowStatistics
 
 SCORE_GRID = 2.0**-16
 """Scores are compared on this grid, so that rounding decides nothing: see `top`."""
@@ -126,14 +126,14 @@ class Commit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What the step's own forward must keep for a policy's asks."""
+    """What the step's own forward must keep for a policy's queries."""
 
     rows: Literal["none", "masked", "all"] = "none"
     """Rows whose activations are kept for a backward: "none", "masked" or "all"."""
     distributions: bool = False
-    """Whether asks read the step's log-probabilities again, so that they are worth keeping."""
+    """Whether queries read the step's log-probabilities again, so that they are worth keeping."""
     next_block: bool = False
-    """Whether asks read the final states of the next block's masked positions as well."""
+    """Whether queries read the final states of the next block's masked positions as well."""
     revision: bool = False
     """Whether predictions at written positions of the block are wanted (`View.revision`)."""
 
@@ -166,7 +166,7 @@ class Policy:
         return max(masks, steps)
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
-        """Most rows that the asks of one step compute, for the server's limit on them.
+        """Most rows that the queries of one step compute, for the server's limit on them.
 
         Args:
             masks: masked positions of the block.
@@ -175,8 +175,8 @@ class Policy:
         """
         return 0
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
-        """Decide one denoising step; a generator that may yield asks and returns a `Commit`."""
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
+        """Decide one denoising step; a generator that may yield queries and returns a `Commit`."""
         raise NotImplementedError
 
 

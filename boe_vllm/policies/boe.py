@@ -3,7 +3,7 @@
 A candidate's score is `risk ln p_i + gain TIS_i`: how likely its token is right, and how much
 revealing it would lower the entropy of the masked positions, estimated by one backward pass (Token
 Importance Score, eq. 14), gated by confidence (eq. 15) and less a penalty for entropies below a
-floor (eq. 18, 19). The paper writes the top of the ranking (`selection="top"`, risk 0). Eq. 9 asks
+floor (eq. 18, 19). The paper writes the top of the ranking (`selection="top"`, risk 0). Eq. 9 queries
 for the best *set*: the other selections add the interaction of what is written together.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
 from boe_vllm.policies.composition import composed
 from boe_vllm.policies.selection import conditional_set, pairwise_set
-from boe_vllm.steering.asks import Ask, Coupling, TokenImportance
+from boe_vllm.steering.queries import Coupling, Query, TokenImportance
 
 __all__ = ["PRESETS", "BoEConfig", "BoEPolicy"]
 
@@ -62,12 +62,12 @@ class BoEPolicy(Policy):
             return rows + pool * (masks if settings.coupling == "exact" else pool)
         return rows
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """The choice, with the remasking or the commit bound that the settings put on top."""
         ranks = self.settings.selection == "top"
         return (yield from composed(self.choose, view, self.settings, ranks=ranks))
 
-    def choose(self, view: View) -> Generator[Ask, Any, Commit]:
+    def choose(self, view: View) -> Generator[Query, Any, Commit]:
         """Prefilter, score by risk and gain, choose the set."""
         settings = self.settings
         chosen_by = prefilter_scores(view, settings.prefilter)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from boe_vllm.options import options
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import PolicyConfig
 from boe_vllm.policies.composition import CompositionConfig
-from boe_vllm.steering.asks import Context, Estimator, Surrogate
+from boe_vllm.steering.queries import Context, Estimator, Surrogate
 
 _IMPORTANCE: dict[str, Any] = {"selection": "top", "risk": 0.0, "gain": 1.0}
 """The paper's ranking: the most important candidates, each for itself."""
@@ -19,7 +19,7 @@ _OF_IMPORTANCE = frozenset(
     "rho candidates surrogate objective active context gate gate_power floor_weight floor_max "
     "sharpen normalize gain_scale gain".split()
 )
-"""Fields that mean nothing without a gain: to give one is to ask for the paper's ranking."""
+"""Fields that mean nothing without a gain: to give one is to query for the paper's ranking."""
 
 _JOINT: dict[str, Any] = {"selection": "conditional", "risk": 1.0, "gain": 0.0}
 
@@ -141,7 +141,7 @@ class BoEConfig(CompositionConfig):
     coupling: Estimator = "pairs"
     """Estimator of the coupling; see `steering.coupling`."""
     coupling_measure: Literal["kl", "pmi"] = "pmi"
-    """What the coupling measures; see `steering.asks.Coupling`."""
+    """What the coupling measures; see `steering.queries.Coupling`."""
     pool: Annotated[float, Field(ge=1, le=MOST)] = 2.0
     """Candidates as a multiple of the tokens due, for "pairwise" and "conditional"."""
     certain: Annotated[float, Field(gt=0, le=1)] = 0.99

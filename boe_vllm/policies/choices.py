@@ -1,6 +1,6 @@
 """One of several given answers: the one whose tokens the model finds likeliest.
 
-Not a policy to ask for by name: a request with `choices` is decoded by it. Each answer's
+Not a policy to query for by name: a request with `choices` is decoded by it. Each answer's
 log-likelihood is that of its tokens from left to right, everything after them masked,
 `sum_k ln p(c_k | prompt, c_1 .. c_{k-1})`: one forward for each beginning that the answers share or
 have alone, and one more where the canvas goes back to a shorter beginning. At temperature 0 the
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from boe_vllm import randomness
 from boe_vllm.policies.base import SCORE_GRID, Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.rules import Rule
-from boe_vllm.steering.asks import Ask
+from boe_vllm.sampling import randomness
+from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.steering.likelihood import Likelihood
+from boe_vllm.steering.queries import Query
 
 Beginning = tuple[int, ...]
 
@@ -32,7 +32,7 @@ class ChoicesPolicy(Policy):
     name = "choices"
 
     def __init__(
-        self, answers: Sequence[Sequence[int]], eos_token_id: int, rule: Rule | None = None
+        self, answers: Sequence[Sequence[int]], eos_token_id: int, rule: Constraint | None = None
     ) -> None:
         """Decode by given answers.
 
@@ -44,7 +44,7 @@ class ChoicesPolicy(Policy):
         super().__init__(PolicyConfig())
         self.answers = [tuple(answer) for answer in answers]
         self.eos_token_id = eos_token_id
-        self.rule = rule or Rule()
+        self.rule = rule or Constraint()
         self.beginnings = sorted(
             {answer[:k] for answer in self.answers for k in range(len(answer))}
         )
@@ -57,7 +57,7 @@ class ChoicesPolicy(Policy):
         """Never reached: a step for each beginning, one to go back from it, and the last."""
         return 2 * len(self.beginnings) + 3
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Score the next tokens of the current beginning and go on to the next one."""
         memory = view.memory
         now: Beginning = memory.setdefault("beginning", ())

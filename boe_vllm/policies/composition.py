@@ -15,16 +15,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.arrays import BoolArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import BoolArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, View, top
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.remasking import Diary, RemaskingConfig, RemaskingRule
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 ROUNDING = 1e-9  # a count that is whole must not lose one
 
-Choose = Callable[[View], Generator[Ask, Any, Commit]]
+Choose = Callable[[View], Generator[Query, Any, Commit]]
 """A policy's own step; it writes `View.quota` positions."""
 
 
@@ -54,7 +54,7 @@ class CompositionConfig(RemaskingConfig):
 
 def composed(
     choose: Choose, view: View, settings: CompositionConfig, *, ranks: bool
-) -> Generator[Ask, Any, Commit]:
+) -> Generator[Query, Any, Commit]:
     """A policy's step with what its settings put on top.
 
     Args:
@@ -70,7 +70,7 @@ def composed(
     return (yield from choose(view))
 
 
-def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Ask, Any, Commit]:
+def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Query, Any, Commit]:
     """The policy's choice, of the tokens that are due and as many as the rule masks again.
 
     ReMDM reveals at random and keeps the share written at `alpha_s` on average; here the shares are
@@ -107,7 +107,7 @@ def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Ask, 
 
 def bounded(
     choose: Choose, view: View, settings: CompositionConfig, *, ranks: bool
-) -> Generator[Ask, Any, Commit]:
+) -> Generator[Query, Any, Commit]:
     """The longest prefix of the policy's ordering that the bound allows, at least one position.
 
     Forbidden early commits are in no prefix but one of their own.

@@ -1,7 +1,7 @@
 """Commit the surest proposals (`remasking="low_confidence"` of ML-GSAI/LLaDA `generate.py`;
 `maskgit_plus` of Dream)."""
 
-from boe_vllm.arrays import FloatArray
+from boe_vllm.base.arrays import FloatArray
 from boe_vllm.policies.base import View
 from boe_vllm.policies.local import CertaintyPolicy
 

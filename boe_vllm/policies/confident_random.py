@@ -12,11 +12,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import PolicyConfig, View, top
 from boe_vllm.policies.local import LocalPolicy, allowed
+from boe_vllm.sampling import randomness
 
 
 @options

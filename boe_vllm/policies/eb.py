@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.arrays import FloatArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import allowed
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -46,7 +46,7 @@ class EBPolicy(Policy):
         super().__init__(config)
         self.settings = config
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Sort, bound, commit; forbidden early commits come last, and only one at a time."""
         scores = {
             "entropy": -view.entropy,

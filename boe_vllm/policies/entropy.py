@@ -1,6 +1,6 @@
 """Commit where the prediction is least uncertain (Koh et al. 2024; `entropy` of Dream)."""
 
-from boe_vllm.arrays import FloatArray
+from boe_vllm.base.arrays import FloatArray
 from boe_vllm.policies.base import View
 from boe_vllm.policies.local import CertaintyPolicy
 

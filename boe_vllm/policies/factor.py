@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.arrays import FloatArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -38,7 +38,7 @@ class FactorPolicy(Policy):
         super().__init__(config)
         self.factor = config.factor
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Count the prefix, commit the surest positions."""
         count = passing_count(view.confidence, self.factor)
         return Commit(chosen=top(view.confidence, count), scores=view.confidence)

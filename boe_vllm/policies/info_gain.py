@@ -21,12 +21,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import scores_of_a_draw
-from boe_vllm.steering.asks import Ask, Lookahead, Observed
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Lookahead, Observed, Query
 
 
 @options
@@ -66,7 +66,7 @@ class InfoGainPolicy(Policy):
         """A forward for each candidate."""
         return self.settings.candidates * length
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Draw candidates, look ahead, write the best."""
         settings = self.settings
         if settings.bypass > 0 and (view.confidence >= settings.bypass).all():

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask, PredictionChange
+from boe_vllm.steering.queries import PredictionChange, Query
 
 HISTORY = "klass.history"
 
@@ -50,8 +50,8 @@ class KLASSPolicy(Policy):
         """A block's first KLs compare with the predictions in the last step of the block before."""
         return Needs(distributions=True, next_block=True)
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
-        """Ask for the KLs, commit what is ready."""
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
+        """Query for the KLs, commit what is ready."""
         change = yield PredictionChange(positions=view.positions)
         settings = self.settings
         history = recent(view.memory.get(HISTORY), view.positions, change, settings.history)

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import SCORE_GRID, Commit, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Query
 
 
 class LocalPolicy(Policy):
@@ -25,7 +25,7 @@ class LocalPolicy(Policy):
         """[M] higher is written earlier."""
         raise NotImplementedError
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Commit the `quota` best positions."""
         scores = self.score(view)
         return Commit(chosen=top(scores, view.quota), scores=scores)

@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.options import options
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import allowed
-from boe_vllm.steering.asks import Ask, Lookahead
+from boe_vllm.steering.queries import Lookahead, Query
 
 
 @options
@@ -64,7 +64,7 @@ class LookaheadPolicy(Policy):
         """A forward for each candidate."""
         return max(quota, math.ceil(self.settings.rho * masks)) * length
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Prefilter, look ahead once for each candidate, take the best."""
         settings, masked = self.settings, len(view.positions)
         by = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}

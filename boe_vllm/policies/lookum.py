@@ -22,12 +22,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import SCORE_GRID, Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import allowed, scores_of_a_draw
-from boe_vllm.steering.asks import Ask, Lookahead, Observed
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Lookahead, Observed, Query
 
 
 @options
@@ -71,7 +71,7 @@ class LookUMPolicy(Policy):
         """A forward for each path."""
         return self.settings.paths * length
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Draw sets from the pool, look ahead, resample one."""
         settings = self.settings
         counts = Counter(self.draw(view, self.pool(view)))

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View
-from boe_vllm.steering.asks import Ask
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Query
 
 GRID_STEP = "origin.grid_step"
 
@@ -46,7 +46,7 @@ class OriginPolicy(Policy):
         super().__init__(config)
         self.eps = config.eps
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Commit the masks of the next grid step that reveals any."""
         times = np.linspace(1.0, self.eps, view.block_steps + 1)
         now = 0 if view.block_step == 0 else view.memory[GRID_STEP]

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.arrays import FloatArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -50,7 +50,7 @@ class P2Policy(Policy):
         """Predictions at written positions."""
         return Needs(revision=True)
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Keep the best `n - n (T - i)/T` of the block."""
         assert view.revision is not None
         done, steps, written = view.block_step + 1, view.block_steps, len(view.written)

@@ -1,9 +1,9 @@
 """Commit positions drawn uniformly (`remasking="random"` of ML-GSAI/LLaDA `generate.py`)."""
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray
+from boe_vllm.base.arrays import FloatArray
 from boe_vllm.policies.base import View
 from boe_vllm.policies.local import LocalPolicy, allowed
+from boe_vllm.sampling import randomness
 
 
 class RandomPolicy(LocalPolicy):

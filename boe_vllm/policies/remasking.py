@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from boe_vllm import randomness
-from boe_vllm.arrays import BoolArray, FloatArray, IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import PolicyConfig, View
+from boe_vllm.sampling import randomness
 
 Schedule = Literal["cap", "rescale", "conf", "loop"]
 Share = Annotated[float, Field(gt=0, lt=1)]

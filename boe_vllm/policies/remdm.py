@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm import randomness
-from boe_vllm.arrays import IntArray
-from boe_vllm.options import options
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, View
 from boe_vllm.policies.remasking import Diary, RemaskingConfig
-from boe_vllm.steering.asks import Ask
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -41,7 +41,7 @@ class ReMDMPolicy(Policy):
         super().__init__(config)
         self.rule = config.rule()
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Reveal and remask by the next iteration that does either."""
         diary, steps = Diary(view), view.block_steps
         late = np.isneginf(view.confidence)

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.options import options
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.remasking import Diary
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -48,7 +48,7 @@ class ReMDMLLaDAPolicy(Policy):
         """Twice the planned steps, or one step for each mask if those are more."""
         return max(masks, 2 * steps)
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Reveal for this iteration; what the next one remasks is masked in the same step."""
         diary = Diary(view)
         k, steps = diary.iteration, view.block_steps

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm import randomness
-from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import View, top
-from boe_vllm.steering.asks import Ask, Conditional, Conditioned
+from boe_vllm.sampling import randomness
+from boe_vllm.steering.queries import Conditional, Conditioned, Query
 
 
 def pairwise_set(scores: FloatArray, coupling: FloatArray, count: int) -> IntArray:
@@ -39,7 +39,7 @@ def pairwise_set(scores: FloatArray, coupling: FloatArray, count: int) -> IntArr
 
 def conditional_set(
     view: View, candidates: IntArray, scores: FloatArray, *, risk: float, certain: float
-) -> Generator[Ask, Any, tuple[IntArray, IntArray]]:
+) -> Generator[Query, Any, tuple[IntArray, IntArray]]:
     """Build the set by the chain rule: indices into `candidates` and their tokens, [b] each.
 
     The best candidate joins; then the others are predicted again as if it were written, all rows

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.options import options
+from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
-from boe_vllm.steering.asks import Ask
+from boe_vllm.steering.queries import Query
 
 
 @options
@@ -32,7 +32,7 @@ class ThresholdPolicy(Policy):
         super().__init__(config)
         self.threshold = config.threshold
 
-    def step(self, view: View) -> Generator[Ask, Any, Commit]:
+    def step(self, view: View) -> Generator[Query, Any, Commit]:
         """Commit the surest position and all that reach the threshold."""
         sure = view.confidence >= self.threshold
         sure[top(view.confidence, 1)] = True

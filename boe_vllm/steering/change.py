@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.steering.asks import PredictionChange
-from boe_vllm.steering.step import Answer, DenoisingPass
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.steering.queries import PredictionChange
+from boe_vllm.steering.step import DenoisingPass, QueryResult
 
 Tensor = torch.Tensor
 
@@ -36,19 +36,19 @@ class _Before:
 
 
 def prediction_change(
-    current: DenoisingPass, asks: Sequence[tuple[int, PredictionChange]]
-) -> list[Answer]:
+    current: DenoisingPass, queries: Sequence[tuple[int, PredictionChange]]
+) -> list[QueryResult]:
     """[M] KL of each position's prediction from the one before, float64; no forward of its own."""
-    lens = [len(ask.positions) for _, ask in asks]
+    lens = [len(query.positions) for _, query in queries]
     starts = np.cumsum([0, *lens])
     rows, known, hidden = [], [], []
-    for (s, ask), start in zip(asks, starts[:-1], strict=True):
+    for (s, query), start in zip(queries, starts[:-1], strict=True):
         positions = current.sequences[s].wanted_positions
-        rows.append(current.logit_rows(s, np.arange(len(ask.positions))))
+        rows.append(current.logit_rows(s, np.arange(len(query.positions))))
         memory = current.device_memory[s]
         before: _Before | None = memory.get(_MEMORY)
         if before is not None:
-            _, now, then = np.intersect1d(ask.positions, before.positions, return_indices=True)
+            _, now, then = np.intersect1d(query.positions, before.positions, return_indices=True)
             known.append(start + now)
             hidden.append(before.hidden_ND[torch.from_numpy(then).to(current.device)])
         first = current.layout.logit_starts[s]
@@ -63,7 +63,7 @@ def prediction_change(
     new = np.setdiff1d(np.arange(len(packed)), seen)
     if len(new):
         kl[new] = _kl(current, packed[new], None)
-    return [Answer(value=kl[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [QueryResult(value=kl[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
 def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> FloatArray:
@@ -73,7 +73,7 @@ def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> Flo
     if before_ND is None:
         pieces = [_kl_rows(now, None) for _, now in log_probs.rows(rows)]
     else:
-        before = log_probs.of(before_ND, log_probs.rules_R[rows])
+        before = log_probs.of(before_ND, log_probs.constraint_R[rows])
         tiles = zip(log_probs.rows(rows), before.tiles(), strict=True)
         pieces = [_kl_rows(now, then) for (_, now), (_, then) in tiles]
     return torch.cat(pieces).cpu().numpy()

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import IntArray
-from boe_vllm.prediction import RowWrites, read_statistics
-from boe_vllm.rows import RowLayout, SequenceRows, pack
-from boe_vllm.steering.asks import Lookahead, Prospect
-from boe_vllm.steering.guidance import guided, with_twins
-from boe_vllm.steering.step import Answer, DenoisingPass
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.sampling.statistics import RowWrites, read_statistics
+from boe_vllm.steering.guidance import guided, with_unconditional
+from boe_vllm.steering.queries import Lookahead, Prospect
+from boe_vllm.steering.step import DenoisingPass, QueryResult
 from boe_vllm.steering.surrogate import soft_writes
 
 Tensor = torch.Tensor
@@ -32,8 +32,8 @@ Tensor = torch.Tensor
 class _State:
     """One hypothetical state, ready to be packed."""
 
-    ask: int
-    """Which ask it belongs to."""
+    query: int
+    """Which query it belongs to."""
     sequence: int
     """Which sequence of the pass it departs from."""
     rows: SequenceRows
@@ -44,30 +44,36 @@ class _State:
     carry: bool
 
 
-def lookahead(current: DenoisingPass, asks: Sequence[tuple[int, Lookahead]]) -> list[Answer]:
-    """One `Prospect` per state of each ask; `asks` are pairs of a sequence and its ask."""
-    states = [state for n, (s, ask) in enumerate(asks) for state in _states(current, n, s, ask)]
-    soft = [_SoftWrites(current, s, ask) if ask.tokens is None else None for s, ask in asks]
-    prospects: list[list[Prospect]] = [[] for _ in asks]
-    rows = [0 for _ in asks]
+def lookahead(
+    current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]
+) -> list[QueryResult]:
+    """One `Prospect` per state of each query; `queries` are pairs of a sequence and its query."""
+    states = [
+        state for n, (s, query) in enumerate(queries) for state in _states(current, n, s, query)
+    ]
+    soft = [
+        _SoftWrites(current, s, query) if query.tokens is None else None for s, query in queries
+    ]
+    prospects: list[list[Prospect]] = [[] for _ in queries]
+    rows = [0 for _ in queries]
     for batch in _batches(current, states):
         for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
-            prospects[state.ask].append(prospect)
-            rows[state.ask] += current.passes(state.sequence) * state.rows.live_rows
+            prospects[state.query].append(prospect)
+            rows[state.query] += current.passes(state.sequence) * state.rows.live_rows
     return [
-        Answer(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
-        for (s, _), found, count in zip(asks, prospects, rows, strict=True)
+        QueryResult(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
+        for (s, _), found, count in zip(queries, prospects, rows, strict=True)
     ]
 
 
 class _SoftWrites:
-    """The soft embeddings of every position that some state of an ask writes."""
+    """The soft embeddings of every position that some state of an query writes."""
 
-    def __init__(self, current: DenoisingPass, sequence: int, ask: Lookahead) -> None:
-        self.index = np.unique(np.concatenate(ask.writes))
+    def __init__(self, current: DenoisingPass, sequence: int, query: Lookahead) -> None:
+        self.index = np.unique(np.concatenate(query.writes))
         rows = current.logit_rows(sequence, self.index)
         self.embeddings_CD = soft_writes(
-            current.log_probs, rows, np.full(len(rows), float(ask.sharpen))
+            current.log_probs, rows, np.full(len(rows), float(query.sharpen))
         )
 
     def of(self, index: IntArray) -> Tensor:
@@ -76,26 +82,26 @@ class _SoftWrites:
         return self.embeddings_CD[places.to(self.embeddings_CD.device)]
 
 
-def _states(current: DenoisingPass, n: int, sequence: int, ask: Lookahead) -> Iterator[_State]:
+def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> Iterator[_State]:
     now, cache = current.sequences[sequence], current.next_steps[sequence].cache
     live = cache.live_positions if cache is not None else None
     frozen = 0 if cache is None or cache.refresh else len(cache.slots)
     everyone = np.arange(len(now.logit_positions))
-    for k, written in enumerate(ask.writes):
+    for k, written in enumerate(query.writes):
         tokens = now.tokens.copy()
-        if ask.tokens is not None:
-            tokens[now.logit_positions[written]] = ask.tokens[k]
+        if query.tokens is not None:
+            tokens[now.logit_positions[written]] = query.tokens[k]
         still = np.setdiff1d(everyone, written)
         elsewhere = np.empty(0, np.int64)
-        if ask.observe == "masked":
+        if query.observe == "masked":
             masks = np.flatnonzero(now.tokens == current.log_probs.mask_token_id)
             elsewhere = np.setdiff1d(masks, now.logit_positions)
-        elif ask.observe == "all":
+        elif query.observe == "all":
             elsewhere = np.setdiff1d(np.arange(len(tokens)), now.logit_positions[still])
         if live is not None:
             elsewhere = np.intersect1d(elsewhere, live)
         yield _State(
-            ask=n,
+            query=n,
             sequence=sequence,
             rows=SequenceRows(
                 tokens=tokens,
@@ -105,8 +111,8 @@ def _states(current: DenoisingPass, n: int, sequence: int, ask: Lookahead) -> It
                 frozen_rows=frozen,
             ),
             index=still,
-            written=written if ask.tokens is None else written[:0],
-            carry=ask.carry,
+            written=written if query.tokens is None else written[:0],
+            carry=query.carry,
         )
 
 
@@ -131,19 +137,19 @@ def _predict(
     model = current.model
     steps = [current.next_steps[state.sequence] for state in states]
     guides = [current.guide(state.sequence) for state in states]
-    packed, twins = with_twins(
+    packed, unconditional = with_unconditional(
         [state.rows for state in states], guides, current.log_probs.mask_token_id
     )
     layout = pack(packed, current.device)
-    everyone = [*states, *(states[n] for n in twins)]
+    everyone = [*states, *(states[n] for n in unconditional)]
     x = _write_softly(current, model.embed(layout.tokens), layout, everyone, soft)
     context = None
     if any(layout.frozen_lens):
         assert current.open_cache is not None
         reads = [None if step.cache is None or step.cache.refresh else step.cache for step in steps]
-        context = current.open_cache(layout, reads + [None] * len(twins))
+        context = current.open_cache(layout, reads + [None] * len(unconditional))
     hidden, _ = model.run(x, layout, context)
-    hidden = guided(hidden, layout, twins, guides)
+    hidden = guided(hidden, layout, unconditional, guides)
     counts = layout.logit_lens[: len(states)]
     rules = [step.rules(s.rows.wanted_positions) for step, s in zip(steps, states, strict=True)]
     log_probs = current.log_probs.of(hidden, np.concatenate(rules))
@@ -194,7 +200,7 @@ def _write_softly(
     """The rows' embeddings with the soft writes in their places, [T, D]."""
     rows, embeddings = [], []
     for n, state in enumerate(states):
-        writes = soft[state.ask]
+        writes = soft[state.query]
         if writes is None:
             continue
         order = layout.row_positions[n]

@@ -30,7 +30,7 @@ import torch
 
 from boe_vllm.models.functional import accurate
 from boe_vllm.models.parallel import sum_over_ranks
-from boe_vllm.steering.parts import Part
+from boe_vllm.steering.parts import PairMember
 from boe_vllm.steering.step import DenoisingPass
 from boe_vllm.steering.surrogate import Revealed
 
@@ -40,58 +40,62 @@ Tensor = torch.Tensor
 class Responses:
     """Watches a backward (`observe`) and adds up the candidates' drops of entropy."""
 
-    def __init__(self, current: DenoisingPass, parts: Sequence[Part], changes: Revealed) -> None:
+    def __init__(
+        self, current: DenoisingPass, parts: Sequence[PairMember], changes: Revealed
+    ) -> None:
         """Listen for some parts.
 
         Args:
-            current: the step's pass, whose tape the backward runs on.
-            parts: who asks; their candidates are packed in this order.
+            current: the step's pass, whose saved the backward runs on.
+            parts: who queries; their candidates are packed in this order.
             changes: of the candidates' keys and values.
         """
         self.current, self.parts, self.changes = current, parts, changes
-        ends = np.cumsum([len(part.ask.candidates) for part in parts])
-        self.spans = [slice(e - len(p.ask.candidates), e) for e, p in zip(ends, parts, strict=True)]
+        ends = np.cumsum([len(part.query.candidates) for part in parts])
+        self.spans = [
+            slice(e - len(p.query.candidates), e) for e, p in zip(ends, parts, strict=True)
+        ]
         dtype = torch.promote_types(current.log_probs.hidden_RD.dtype, torch.float32)
         self.drops_C = torch.zeros(int(ends[-1]), dtype=dtype, device=current.device)
         """[C] over all layers so far and, under tensor parallelism, all heads; nats."""
 
-    def __call__(self, layer: int, dmixed_KHP: Tensor, dk_KGP: Tensor, dv_KGP: Tensor) -> None:
+    def __call__(self, layer: int, dmixed_AHP: Tensor, dk_AGP: Tensor, dv_AGP: Tensor) -> None:
         """One layer's gradients."""
         for part, span in zip(self.parts, self.spans, strict=True):
-            if part.ask.surrogate == "kv":
-                drop = self._linear(layer, part, span, dk_KGP, dv_KGP)
+            if part.query.surrogate == "kv":
+                drop = self._linear(layer, part, span, dk_AGP, dv_AGP)
             else:
-                drop = self._response(layer, part, span, dmixed_KHP)
+                drop = self._response(layer, part, span, dmixed_AHP)
             self.drops_C[span] += drop
 
     def _linear(
-        self, layer: int, part: Part, span: slice, dk_KGP: Tensor, dv_KGP: Tensor
+        self, layer: int, part: PairMember, span: slice, dk_AGP: Tensor, dv_AGP: Tensor
     ) -> Tensor:
-        rows = self._kept(part)
-        keys = accurate(dk_KGP[rows]) * accurate(self.changes.keys[layer][span])
-        values = accurate(dv_KGP[rows]) * accurate(self.changes.values[layer][span])
+        rows = self._saved_rows(part)
+        keys = accurate(dk_AGP[rows]) * accurate(self.changes.keys[layer][span])
+        values = accurate(dv_AGP[rows]) * accurate(self.changes.values[layer][span])
         return -sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
 
-    def _response(self, layer: int, part: Part, span: slice, dmixed_KHP: Tensor) -> Tensor:
+    def _response(self, layer: int, part: PairMember, span: slice, dmixed_AHP: Tensor) -> Tensor:
         current = self.current
-        assert current.tape is not None
-        layout, tape = current.layout.attention, current.tape.layers[layer]
-        start = current.layout.kept_starts[part.place]
-        kept = slice(start, start + current.layout.kept_lens[part.place])
+        assert current.saved is not None
+        layout, saved = current.layout.attention, current.saved.layers[layer]
+        start = current.layout.saved_starts[part.place]
+        kept = slice(start, start + current.layout.saved_lens[part.place])
         keys = slice(layout.kv_starts[part.place], layout.kv_starts[part.place + 1])
-        q_HkP, do_HkP = (accurate(x[kept]).transpose(0, 1) for x in (tape.queries_KHP, dmixed_KHP))
-        group = q_HkP.shape[0] // tape.keys_SGP.shape[1]
+        q_HkP, do_HkP = (accurate(x[kept]).transpose(0, 1) for x in (saved.queries_AHP, dmixed_AHP))
+        group = q_HkP.shape[0] // saved.keys_SGP.shape[1]
         k_HsP, v_HsP, dk_HcP, dv_HcP = (
             accurate(x).transpose(0, 1).repeat_interleave(group, 0)
             for x in (
-                tape.keys_SGP[keys],
-                tape.values_SGP[keys],
+                saved.keys_SGP[keys],
+                saved.values_SGP[keys],
                 self.changes.keys[layer][span],
                 self.changes.values[layer][span],
             )
         )
         # A sequence's keys begin with its masked rows, and so do its kept rows.
-        columns = torch.from_numpy(part.ask.candidates).to(current.device)
+        columns = torch.from_numpy(part.query.candidates).to(current.device)
         scale = current.model.layers[layer].scale
         p_Hks = ((q_HkP @ k_HsP.mT) * scale).softmax(-1)
         own_Hk1 = (do_HkP * (p_Hks @ v_HsP)).sum(-1, keepdim=True)
@@ -103,10 +107,10 @@ class Responses:
         change_Hkc = change_Hkc - was_Hkc * (value_Hkc - rest_Hkc)
         drop_kc = -sum_over_ranks(change_Hkc.sum(0))
         drop_kc[columns, torch.arange(len(columns), device=current.device)] = 0
-        if part.ask.surrogate == "rectified":
+        if part.query.surrogate == "rectified":
             drop_kc = drop_kc.clamp_(min=0)
         return drop_kc.sum(0)
 
-    def _kept(self, part: Part) -> Tensor:
-        rows = self.current.kept_rows(part.place, part.ask.candidates)
+    def _saved_rows(self, part: PairMember) -> Tensor:
+        rows = self.current.saved_rows(part.place, part.query.candidates)
         return torch.from_numpy(rows).to(self.current.device)

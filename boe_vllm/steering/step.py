@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.clock import Clock
-from boe_vllm.models.llada import LLaDAForDiffusion
-from boe_vllm.models.tape import KeyValueContext, Tape
-from boe_vllm.prediction import LogProbabilities
-from boe_vllm.rows import RowLayout, SequenceRows
-from boe_vllm.steering.guidance import Guide
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.clock import Clock
+from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.rows import RowLayout, SequenceRows
+from boe_vllm.models.saved import KeyValueContext, SavedPass
+from boe_vllm.sampling.statistics import LogProbabilities
+from boe_vllm.steering.guidance import Guidance
 
 if TYPE_CHECKING:
-    from boe_vllm.engine.cache import CachePlan
+    from boe_vllm.models.cache import CachePlan
 
 DEFAULT_ROW_BUDGET = 8192
 """Most rows of one packed look-ahead pass, unless one state alone has more."""
@@ -52,16 +52,16 @@ class DenoisingPass:
     sequences: tuple[SequenceRows, ...]
     layout: RowLayout
     log_probs: LogProbabilities
-    tape: Tape | None
+    saved: SavedPass | None
     next_steps: tuple[NextStep, ...] = ()
     """For each sequence."""
     device_memory: tuple[dict[str, Any], ...] = ()
     """For each sequence, what solvers keep on the device from one step to the next."""
-    guides: tuple[Guide | None, ...] = ()
+    guides: tuple[Guidance | None, ...] = ()
     """For each sequence, its classifier-free guidance; empty if none is guided."""
-    twins: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    """Guided sequence -> place of its unconditional twin in the layout, after the sequences. The
-    log-probabilities are the guided ones and have no rows of twins."""
+    unconditional: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Guided sequence -> place of its unconditional unconditional in the layout, after the sequences. The
+    log-probabilities are the guided ones and have no rows of unconditional."""
     open_cache: Callable[[RowLayout, Sequence[CachePlan | None]], KeyValueContext] | None = None
     """Where a further pass finds the stored keys and values of its sequences."""
     row_budget: int = DEFAULT_ROW_BUDGET
@@ -74,7 +74,7 @@ class DenoisingPass:
         """Where the pass ran."""
         return self.layout.device
 
-    def guide(self, sequence: int) -> Guide | None:
+    def guide(self, sequence: int) -> Guidance | None:
         """How a sequence is guided."""
         return self.guides[sequence] if self.guides else None
 
@@ -86,9 +86,9 @@ class DenoisingPass:
         """Packed logit rows of a sequence's masked positions given by index."""
         return self.layout.logit_starts[sequence] + index
 
-    def kept_rows(self, sequence: int, index: IntArray) -> IntArray:
+    def saved_rows(self, sequence: int, index: IntArray) -> IntArray:
         """Packed kept rows of the same: a sequence's kept rows begin with its logit rows."""
-        return self.layout.kept_starts[sequence] + index
+        return self.layout.saved_starts[sequence] + index
 
     def key_rows(self, sequence: int, index: IntArray) -> IntArray:
         """Rows of keys and values of the same: a sequence's keys begin with its logit rows."""
@@ -96,8 +96,8 @@ class DenoisingPass:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """The answer to one ask, and what it cost its request beyond the step's own forward."""
+class QueryResult:
+    """The answer to one query, and what it cost its request beyond the step's own forward."""
 
     value: Any
     forwards: int = 0

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.models.llada import LLaDAForDiffusion
-from boe_vllm.models.tape import KeyValueContext, Tape
-from boe_vllm.prediction import LogProbabilities
-from boe_vllm.rows import RowLayout
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.rows import RowLayout
+from boe_vllm.models.saved import KeyValueContext, SavedPass
+from boe_vllm.sampling.statistics import LogProbabilities
 from boe_vllm.steering.partial import States, run_partial
 from boe_vllm.steering.step import DenoisingPass
 
@@ -55,12 +55,12 @@ def reveal(
 
     Args:
         soft_CD: soft writes, packed in the order of `sequences`.
-        current: the step's pass, with its tape.
-        sequences: the sequence of each ask.
-        candidates: per ask, indices into the sequence's masked positions.
+        current: the step's pass, with its saved.
+        sequences: the sequence of each query.
+        candidates: per query, indices into the sequence's masked positions.
     """
-    assert current.tape is not None
-    layers = current.tape.layers
+    assert current.saved is not None
+    layers = current.saved.layers
     rows = np.concatenate(list(map(current.key_rows, sequences, candidates)))
     own = torch.from_numpy(rows).to(current.device)
     changes = Revealed([], [])
@@ -80,7 +80,7 @@ def reveal(
 class FrozenRows(KeyValueContext):
     """Keys and values of a second pass: new for the live rows, those of the first for the rest."""
 
-    def __init__(self, first: Tape, second: RowLayout, sequences: Sequence[int]) -> None:
+    def __init__(self, first: SavedPass, second: RowLayout, sequences: Sequence[int]) -> None:
         self.first = first
         old = first.layout.attention
         pieces = []

@@ -14,23 +14,23 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.models.functional import accurate
 from boe_vllm.models.parallel import sum_over_ranks
-from boe_vllm.steering.asks import Coupling
-from boe_vllm.steering.step import Answer, DenoisingPass
+from boe_vllm.steering.queries import Coupling
+from boe_vllm.steering.step import DenoisingPass, QueryResult
 
 
 def attention_coupling(
-    current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]
-) -> list[Answer]:
-    """[C, C] per ask from the step's own queries and keys."""
+    current: DenoisingPass, queries: Sequence[tuple[int, Coupling]]
+) -> list[QueryResult]:
+    """[C, C] per query from the step's own queries and keys."""
     return [
-        Answer(
-            value=mutual_attention(current, s, ask.pool)
-            * np.minimum.outer(ask.entropy, ask.entropy)
+        QueryResult(
+            value=mutual_attention(current, s, query.pool)
+            * np.minimum.outer(query.entropy, query.entropy)
         )
-        for s, ask in asks
+        for s, query in queries
     ]
 
 
@@ -40,20 +40,20 @@ def mutual_attention(current: DenoisingPass, s: int, pool: IntArray) -> FloatArr
     Mean over layers, heads and both directions.
 
     Args:
-        current: the step's pass, with its tape.
+        current: the step's pass, with its saved.
         s: the sequence.
         pool: indices into its masked positions.
     """
-    assert current.tape is not None
+    assert current.saved is not None
     layout = current.layout.attention
     span = slice(layout.kv_starts[s], layout.kv_starts[s] + layout.kv_seqlens[s])
-    kept = torch.from_numpy(current.kept_rows(s, pool)).to(current.device)
+    kept = torch.from_numpy(current.saved_rows(s, pool)).to(current.device)
     columns = torch.from_numpy(pool).to(current.device)
     total = torch.zeros(len(pool), len(pool), device=current.device)
-    for tape in current.tape.layers:
-        q_HCP = tape.queries_KHP[kept].transpose(0, 1)
-        group = q_HCP.shape[0] // tape.keys_SGP.shape[1]
-        keys_HsP = tape.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
+    for saved in current.saved.layers:
+        q_HCP = saved.queries_AHP[kept].transpose(0, 1)
+        group = q_HCP.shape[0] // saved.keys_SGP.shape[1]
+        keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
         scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
         total = total + scores.softmax(-1)[:, :, columns].sum(0)
     attention = sum_over_ranks(total).double().cpu().numpy()

@@ -18,23 +18,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray
-from boe_vllm.steering.asks import Coupling
+from boe_vllm.base.arrays import FloatArray
 from boe_vllm.steering.coupling.attention import mutual_attention
-from boe_vllm.steering.step import Answer, DenoisingPass
+from boe_vllm.steering.queries import Coupling
+from boe_vllm.steering.step import DenoisingPass, QueryResult
 
 
-def overlap_coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]) -> list[Answer]:
-    """[C, C] per ask from the step's own attention and predictions."""
+def overlap_coupling(
+    current: DenoisingPass, queries: Sequence[tuple[int, Coupling]]
+) -> list[QueryResult]:
+    """[C, C] per query from the step's own attention and predictions."""
     return [
-        Answer(value=mutual_attention(current, s, ask.pool) * _overlap(current, s, ask))
-        for s, ask in asks
+        QueryResult(value=mutual_attention(current, s, query.pool) * _overlap(current, s, query))
+        for s, query in queries
     ]
 
 
-def _overlap(current: DenoisingPass, s: int, ask: Coupling) -> FloatArray:
+def _overlap(current: DenoisingPass, s: int, query: Coupling) -> FloatArray:
     """[C, C] overlaps; the predictions are read tile by tile, so that memory stays bounded."""
-    rows = current.logit_rows(s, ask.pool)
+    rows = current.logit_rows(s, query.pool)
     overlap = np.empty((len(rows), len(rows)))
     for left, logp_rV in current.log_probs.rows(rows):
         spread_rV = _spread(logp_rV)

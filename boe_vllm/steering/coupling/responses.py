@@ -10,31 +10,33 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.arrays import FloatArray, IntArray
-from boe_vllm.steering.asks import Coupling
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.steering.partial import States, run_guided
-from boe_vllm.steering.step import Answer, DenoisingPass
+from boe_vllm.steering.queries import Coupling
+from boe_vllm.steering.step import DenoisingPass, QueryResult
 
 Tensor = torch.Tensor
 
 
-def measured_coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling]]) -> list[Answer]:
-    """[C, C] per ask for the estimators "exact" and "pairs": one packed pass for all asks.
+def measured_coupling(
+    current: DenoisingPass, queries: Sequence[tuple[int, Coupling]]
+) -> list[QueryResult]:
+    """[C, C] per query for the estimators "exact" and "pairs": one packed pass for all queries.
 
     One state per member of the pool. In "exact" all masked rows of the block are run again, in
     "pairs" the pool's rows alone; all other rows keep their old keys and values.
     """
     states, tokens, read = [], [], []
     first = 0
-    for s, ask in asks:
-        many = len(ask.pool)
-        rows = ask.pool
-        if ask.estimator == "exact":
+    for s, query in queries:
+        many = len(query.pool)
+        rows = query.pool
+        if query.estimator == "exact":
             rows = np.arange(len(current.sequences[s].logit_positions))
         places = np.tile(rows, (many, 1))
         ids = np.full(places.shape, current.log_probs.mask_token_id)
-        own = np.searchsorted(rows, ask.pool)
-        ids[np.arange(many), own] = ask.tokens
+        own = np.searchsorted(rows, query.pool)
+        ids[np.arange(many), own] = query.tokens
         states.append(States(sequence=s, places=places))
         tokens.append(ids.ravel())
         read.append(first + (np.arange(many)[:, None] * len(rows) + own[None, :]).ravel())
@@ -43,22 +45,22 @@ def measured_coupling(current: DenoisingPass, asks: Sequence[tuple[int, Coupling
     hidden = run_guided(current, states, x)
     index = np.concatenate(read)
     old_rows = np.concatenate(
-        [np.tile(current.logit_rows(s, ask.pool), len(ask.pool)) for s, ask in asks]
+        [np.tile(current.logit_rows(s, query.pool), len(query.pool)) for s, query in queries]
     )
-    wanted = np.concatenate([np.tile(ask.tokens, len(ask.pool)) for _, ask in asks])
+    wanted = np.concatenate([np.tile(query.tokens, len(query.pool)) for _, query in queries])
     kl, pmi = _changes(current, hidden, index, old_rows, wanted)
     answers, start = [], 0
-    for (s, ask), given in zip(asks, states, strict=True):
-        many = len(ask.pool)
+    for (s, query), given in zip(queries, states, strict=True):
+        many = len(query.pool)
         part = slice(start, start + many * many)
         start += many * many
-        directed = kl[part] if ask.measure == "kl" else -0.5 * pmi[part]
+        directed = kl[part] if query.measure == "kl" else -0.5 * pmi[part]
         matrix = directed.reshape(many, many)
         matrix = matrix + matrix.T
         np.fill_diagonal(matrix, 0.0)
         passes = current.passes(s)
         rows_forward = passes * given.places.size
-        answers.append(Answer(value=matrix, forwards=passes, rows_forward=rows_forward))
+        answers.append(QueryResult(value=matrix, forwards=passes, rows_forward=rows_forward))
     return answers
 
 
@@ -67,8 +69,8 @@ def _changes(
 ) -> tuple[FloatArray, FloatArray]:
     """KL(new || old) and the change of the wanted tokens' log-probability, per read row, nats."""
     rows = torch.from_numpy(index).to(current.device)
-    rules_r = current.log_probs.rules_R[old_rows]
-    new = current.log_probs.of(hidden[rows], rules_r)
+    constraint_r = current.log_probs.constraint_R[old_rows]
+    new = current.log_probs.of(hidden[rows], constraint_r)
     kl, pmi = [], []
     for places, logp in new.tiles():
         old = torch.cat([tile for _, tile in current.log_probs.rows(old_rows[places])])

@@ -1,0 +1,1 @@
+"""The denoising loop and the state of the requests that it steps."""

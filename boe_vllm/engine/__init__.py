@@ -1,1 +1,0 @@
-"""The diffusion engine: canvases, the denoising loop, and its place in vLLM."""

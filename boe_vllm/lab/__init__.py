@@ -1,0 +1,1 @@
+"""Benchmarks, evaluation, pictures and tasks; no core room imports it."""

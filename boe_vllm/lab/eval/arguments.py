@@ -1,0 +1,181 @@
+"""The command line of `boe-vllm eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from boe_vllm import TINY
+from boe_vllm.lab.eval.presets import PRESETS, Preset
+from boe_vllm.lab.eval.settings import Settings
+from boe_vllm.lab.eval.variants import Variant, parse, parse_fields
+from boe_vllm.lab.tasks import FILE_TASKS, TASKS
+
+DEFAULT_POLICIES = "confidence,boe"
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    made = argparse.ArgumentParser(
+        prog="boe-vllm eval",
+        description="Score policies on tasks with one engine; a run that was killed continues.",
+        epilog=f"Tasks: {', '.join(TASKS)}; from files in --data: {', '.join(FILE_TASKS)}.",
+    )
+    what = made.add_argument_group("what is run")
+    what.add_argument("--model", default=TINY, help="path or name; tiny is the bundled one")
+    what.add_argument("--tasks", metavar="A,B,...", help="see below")
+    what.add_argument(
+        "--policies",
+        metavar="A,B,...",
+        help=f"each with settings if wanted, boe:rho=0.5:gate=none (default {DEFAULT_POLICIES})",
+    )
+    what.add_argument("--gen-length", metavar="N,...", help="canvas (default: the task's own)")
+    what.add_argument("--tokens-per-step", metavar="N,...", help="default 1")
+    what.add_argument("--block-length", type=int, metavar="N")
+    what.add_argument("--limit", type=int, metavar="N", help="items per task")
+    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--temperature", type=float)
+    what.add_argument("--chat", action="store_true", help="use the model's chat template")
+    what.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a request field of every cell, such as confidence_eos_eot_inf=true; repeatable",
+    )
+    preset = made.add_mutually_exclusive_group()
+    preset.add_argument("--table", choices=["2", "4", "5"], help="of the paper")
+    preset.add_argument("--figure", choices=["4"], help="of the paper")
+    files = made.add_argument_group("files")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR")
+    files.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmark files")
+    files.add_argument("--frequencies", type=Path, metavar="FILE", help="token table, for pc")
+    files.add_argument("--scorer", metavar="PATH", help="causal language model, for --table 4")
+    files.add_argument("--trace", action="store_true", help="record how each token was committed")
+    how = made.add_argument_group("how it is run")
+    how.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="one cell after the other: their times are measured, not shared out",
+    )
+    how.add_argument(
+        "--engine-args", default="{}", metavar="JSON", help="vLLM's, such as tensor_parallel_size"
+    )
+    return made
+
+
+def read(args: argparse.Namespace) -> Settings:
+    """The settings of a run, presets filled in.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    table = f"table {args.table}" if args.table else f"figure {args.figure}" * bool(args.figure)
+    preset = PRESETS[table] if table else None
+    tiny = args.model == TINY
+    if args.tasks is None and preset is None:
+        raise ValueError(
+            "--tasks: expected task names, got none; name some, or --table or --figure"
+        )
+    if args.model[:1] in ("/", ".", "~") and not Path(args.model).expanduser().is_dir():
+        raise ValueError(
+            f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
+        )
+    if table == "table 4" and args.scorer is None:
+        raise ValueError(
+            "--scorer: expected the path of a causal language model for --table 4, got none; "
+            "name one, such as the folder of gpt2-large"
+        )
+    lengths = _integers("--gen-length", args.gen_length)
+    if lengths is None and preset is not None and not tiny:
+        lengths = preset.gen_lengths
+    rates = _integers("--tokens-per-step", args.tokens_per_step)
+    for option, value, least in (
+        ("--limit", args.limit, 1),
+        ("--block-length", args.block_length, 1),
+        ("--temperature", args.temperature, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option}: expected at least {least}, got {value}; change it")
+    return Settings(
+        model=args.model,
+        tasks=_tasks(args.tasks, preset, tiny),
+        variants=_variants(args.policies, preset),
+        gen_lengths=lengths,
+        tokens_per_step=rates or (preset.tokens_per_step if preset else (1,)),
+        block_length=args.block_length,
+        limit=args.limit,
+        seed=args.seed,
+        temperature=_first(args.temperature, preset.temperature if preset else 0.0),
+        chat=args.chat,
+        fields=parse_fields(args.set, "--set"),
+        trace=args.trace,
+        data=args.data,
+        frequencies=args.frequencies,
+        engine_args=_mapping("--engine-args", args.engine_args),
+        table=table or None,
+        scorer=args.scorer,
+        one_by_one=args.one_by_one or bool(preset and preset.one_by_one),
+    )
+
+
+def _tasks(text: str | None, preset: Preset | None, tiny: bool) -> tuple[str, ...]:
+    if text is None:
+        assert preset is not None
+        return preset.bundled if tiny else preset.tasks
+    return _names("--tasks", text)
+
+
+def _variants(text: str | None, preset: Preset | None) -> tuple[Variant, ...]:
+    if text is None and preset is not None:
+        return preset.variants
+    names = _names("--policies", text or DEFAULT_POLICIES)
+    return tuple(parse(name) for name in names)
+
+
+def _names(option: str, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise ValueError(f"{option}: expected different names A,B,..., got {text!r}")
+    return names
+
+
+def _integers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{option}: expected different positive numbers N,..., got {text!r}; write 128,256"
+        )
+    return numbers
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{option}: expected a JSON object, got {text!r}; write '{{\"max_num_seqs\": 64}}'"
+        )
+    return value
+
+
+def _first(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as it may be typed again."""
+    import shlex
+
+    return shlex.join(["boe-vllm", "eval", *argv])

@@ -1,0 +1,104 @@
+"""The paper's tables and figure (TABES, arXiv 2602.00250) as arguments of `boe-vllm eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from boe_vllm.lab.eval.variants import Variant, parse
+
+BENCHMARKS = ("mbpp", "humaneval", "gsm8k", "math500", "countdown-file", "sudoku-file")
+PUZZLES = ("sudoku4", "sudoku6", "sudoku6-few", "countdown", "addition")
+PAPER = "boe:preset=paper"
+JOINT = "boe:preset=joint"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Defaults that a table gives to the arguments; whatever the command line says wins."""
+
+    title: str
+    tasks: tuple[str, ...]
+    bundled: tuple[str, ...]
+    """Tasks for the bundled checkpoint, each at its own canvas length."""
+    variants: tuple[Variant, ...]
+    gen_lengths: tuple[int, ...]
+    tokens_per_step: tuple[int, ...]
+    temperature: float = 0.0
+    one_by_one: bool = False
+    """Cells run one after the other, where their wall time is a column."""
+
+
+def _variants(*texts: str) -> tuple[Variant, ...]:
+    return tuple(parse(text) for text in texts)
+
+
+def _ablation(label: str, **changes: Any) -> Variant:
+    return Variant(label=label, fields={"policy": "boe", "preset": "paper"} | changes)
+
+
+PRESETS = {
+    "table 2": Preset(
+        title="Tables 2 and 3: policies on benchmarks",
+        tasks=BENCHMARKS,
+        bundled=PUZZLES,
+        variants=_variants(
+            "confidence", "margin", "entropy", "pc", "remdm-llada", "lookum", PAPER, JOINT
+        ),
+        gen_lengths=(128, 256),
+        tokens_per_step=(2,),
+    ),
+    "table 4": Preset(
+        title="Table 4: quality of text",
+        tasks=("text",),
+        bundled=("sudoku6-few",),
+        variants=_variants("random", "confidence", "remdm", PAPER, JOINT),
+        gen_lengths=(1024,),
+        tokens_per_step=(8,),  # T = 128 steps of 1024 tokens
+        temperature=1.0,
+    ),
+    "table 5": Preset(
+        title="Table 5: ablations",
+        tasks=("gsm8k",),
+        bundled=("sudoku6", "sudoku6-few", "countdown"),
+        variants=(
+            parse("confidence"),
+            _ablation("BoE (full)"),
+            _ablation("w/o confidence gating", gate="none"),
+            _ablation("w/o anti-collapse", floor_weight=0.0),
+            _ablation("w/o ActiveQueryAttention", active="all"),
+            _ablation("rho 0.10", rho=0.1),
+            _ablation("rho 0.25", rho=0.25),
+            _ablation("rho 0.50", rho=0.5),
+        ),
+        gen_lengths=(128,),
+        tokens_per_step=(1,),
+        one_by_one=True,
+    ),
+    "figure 4": Preset(
+        title="Figure 4: score against network function evaluations",
+        tasks=("humaneval", "mbpp", "gsm8k", "math500"),
+        bundled=("sudoku6", "sudoku6-few", "countdown"),
+        variants=_variants("entropy", "confidence", "lookum", PAPER, JOINT),
+        gen_lengths=(256,),
+        tokens_per_step=(1, 2, 4, 8),
+    ),
+}
+
+# What PC-Sampler's authors set by task (their scripts): lambda.
+PC_LAMBDA = {
+    "sudoku4": 0.0,
+    "sudoku4-few": 0.0,
+    "sudoku6": 0.0,
+    "sudoku6-few": 0.0,
+    "sudoku-file": 0.0,
+    "countdown": 1.0,
+    "countdown-file": 1.0,
+}
+
+
+def published_fields(task: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a policy's authors publish for a task, under those given."""
+    if fields["policy"] == "pc" and task in PC_LAMBDA:
+        return {"lambd": PC_LAMBDA[task]} | fields
+    return fields

@@ -1,0 +1,102 @@
+"""The files at the end of a run: `cells.csv`, `quality.csv` and `tables.md`."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from boe_vllm.lab.eval import costs, tables
+from boe_vllm.lab.eval.cells import Cell
+from boe_vllm.lab.eval.ledger import Ledger
+from boe_vllm.lab.eval.presets import PRESETS
+from boe_vllm.lab.eval.settings import Settings, versions
+from boe_vllm.lab.tasks import FileTask, Item, Task
+
+VIEWS = {
+    "table 2": tables.methods_by_task,
+    "table 5": tables.ablations,
+    "figure 4": tables.curves,
+}
+NOTES = (
+    "Score: share of answers that are right, with the Wilson 95 % interval. Steps, forwards and "
+    "backwards are means per item; a forward is one evaluation of the network (NFE). Engine s: "
+    "time of the engine; cells that ran together share it in proportion to the rows that they put "
+    "through the network.\n"
+)
+
+
+def write(
+    settings: Settings,
+    tasks: dict[str, Task],
+    items: dict[str, list[Item]],
+    cells: list[Cell],
+    ledger: Ledger,
+    command: str,
+) -> str:
+    """Write the files; returns the text of `tables.md`."""
+    judged = {name: task.judged for name, task in tasks.items()}
+    rows = tables.summarise(cells, ledger.records, judged)
+    (ledger.folder / "cells.csv").write_text(tables.to_csv(rows), encoding="utf-8")
+    parts = [f"# {PRESETS[settings.table].title if settings.table else 'Evaluation'}\n"]
+    parts.append(f"    {command}\n")
+    if settings.table in VIEWS:
+        parts.append(VIEWS[settings.table](rows))
+    if settings.scorer is not None:
+        quality = _quality(settings, items, cells, ledger)
+        (ledger.folder / "quality.csv").write_text(tables.to_csv(quality), encoding="utf-8")
+        parts.append(tables.to_markdown(quality))
+    parts += ["## Cells\n", tables.overview(rows), NOTES, _facts(settings, tasks, ledger)]
+    text = "\n".join(parts)
+    (ledger.folder / "tables.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _facts(settings: Settings, tasks: dict[str, Task], ledger: Ledger) -> str:
+    seconds = costs.busy_seconds(ledger.records.values())
+    tokens = sum(record["tokens"] for record in ledger.records.values())
+    lines = [
+        f"model {settings.model}, seed {settings.seed}, temperature {settings.temperature:g}, "
+        f"{'chat template' if settings.chat else 'plain prompts'}",
+        f"{len(ledger.records)} items, {tokens} tokens in {seconds:.1f} s of engine time"
+        + (f" ({tokens / seconds:.1f} tokens/s)" if seconds else ""),
+        "cells one by one" if settings.one_by_one else "all cells in flight together",
+        ", ".join(f"{name} {release}" for name, release in versions().items())
+        + f", Python {platform.python_version()}, {platform.machine()}",
+    ]
+    lines += [f"prompt of {n}: {t.source}" for n, t in tasks.items() if isinstance(t, FileTask)]
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _quality(
+    settings: Settings, items: dict[str, list[Item]], cells: list[Cell], ledger: Ledger
+) -> list[dict[str, Any]]:
+    import json
+    from pathlib import Path
+
+    import numpy as np
+
+    from boe_vllm.lab.eval import quality
+
+    assert settings.scorer is not None
+    scorer = quality.Scorer(settings.scorer)
+    config = json.loads((Path(settings.model_path) / "config.json").read_text(encoding="utf-8"))
+    references: dict[str, Any] = {}
+    rows = []
+    for cell in cells:
+        own = items[cell.task]
+        if cell.task not in references:
+            judged = [scorer.judge(item.prompt, item.answer) for item in own]
+            references[cell.task] = np.stack([entry[0] for entry in judged])
+        texts = [
+            {"prompt": item.prompt, **ledger.records[cell.key, index]}
+            for index, item in enumerate(own)
+        ]
+        measured = quality.measure(
+            scorer,
+            texts,
+            references[cell.task],
+            end_of_text=[config["eos_token_id"]],
+            seed=settings.seed,
+        )
+        rows.append({"task": cell.task, "policy": cell.label, "L": cell.gen_length} | measured)
+    return rows

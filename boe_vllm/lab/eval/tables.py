@@ -1,0 +1,192 @@
+"""What a run found: one row per cell, and the paper's tables, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from boe_vllm.lab.eval import costs
+from boe_vllm.lab.eval.cells import Cell
+from boe_vllm.lab.eval.statistics import mean, wilson
+
+Row = dict[str, Any]
+Records = Mapping[tuple[str, int], Mapping[str, Any]]
+
+
+def summarise(cells: Sequence[Cell], records: Records, judged: Mapping[str, bool]) -> list[Row]:
+    """One row per cell; shares in [0, 1], costs per item, time in seconds of the engine.
+
+    Args:
+        cells: in the order of the table.
+        records: of finished items.
+        judged: whether answers of a task can be right or wrong.
+    """
+    by_cell: dict[str, list[Mapping[str, Any]]] = {cell.key: [] for cell in cells}
+    for record in records.values():
+        by_cell[record["cell"]].append(record)
+    seconds = costs.engine_seconds(records.values())
+    return [
+        _row(cell, by_cell[cell.key], seconds.get(cell.key, 0.0), judged[cell.task])
+        for cell in cells
+    ]
+
+
+def _row(cell: Cell, own: list[Mapping[str, Any]], seconds: float, judged: bool) -> Row:
+    right = sum(record["valid"] for record in own)
+    low, high = wilson(right, len(own))
+    accuracy = [r["cell_accuracy"] for r in own if r["cell_accuracy"] is not None]
+    tokens = sum(record["tokens"] for record in own)
+
+    def per_item(name: str) -> float | None:
+        return mean([record[name] for record in own])
+
+    settings = {k: v for k, v in cell.fields.items() if k not in ("policy", "tokens_per_step")}
+    return {
+        "task": cell.task,
+        "policy": cell.label,
+        "gen_length": cell.gen_length,
+        "tokens_per_step": cell.tokens_per_step,
+        "n": len(own),
+        "score": right / len(own) if own and judged else None,
+        "low": low if judged else None,
+        "high": high if judged else None,
+        "exact": per_item("exact") if judged else None,
+        "cell_accuracy": mean(accuracy),
+        "steps": per_item("denoising_steps"),
+        "forwards": per_item("forwards"),
+        "backwards": per_item("backwards"),
+        "rows": mean([r["rows_forward"] + r["rows_backward"] for r in own]),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "policy_name": cell.fields["policy"],
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV: numbers unrounded, nothing where there is no number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table with one column per key; text to the left, numbers to the right."""
+    columns = list(rows[0])
+    left = [all(isinstance(row[column], str) for row in rows) for column in columns]
+    lines = [columns, [":--" if flag else "--:" for flag in left]]
+    lines += [[_cell(row[column]) for column in columns] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|")
+
+
+def percent(value: float | None) -> str:
+    """A share, in percent with one decimal."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """All cells, for people."""
+    return to_markdown(
+        [
+            {
+                "task": row["task"],
+                "policy": row["policy"],
+                "L": row["gen_length"],
+                "tokens/step": row["tokens_per_step"],
+                "n": row["n"],
+                "score %": percent(row["score"]),
+                "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
+                "exact %": percent(row["exact"]),
+                "cells %": percent(row["cell_accuracy"]),
+                "steps": row["steps"],
+                "forwards": row["forwards"],
+                "backwards": row["backwards"],
+                "engine s": row["seconds"],
+                "tokens/s": row["tokens_per_second"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def methods_by_task(rows: Sequence[Row]) -> str:
+    """Tables 2 and 3: a method per row, a task and canvas length per column."""
+    return "\n".join(_methods_at(rows, rate) for rate in _values(rows, "tokens_per_step"))
+
+
+def _methods_at(rows: Sequence[Row], rate: int) -> str:
+    lines = []
+    for label in _values(rows, "policy"):
+        line: dict[str, Any] = {"method": label}
+        for row in rows:
+            if row["policy"] == label and row["tokens_per_step"] == rate:
+                text = f"{percent(row['score'])} ({percent(row['low'])}-{percent(row['high'])})"
+                line[f"{row['task']} {row['gen_length']}"] = text
+        lines.append(line)
+    return f"{rate} tokens per step, score in % (95 % interval):\n\n{to_markdown(lines)}"
+
+
+def ablations(rows: Sequence[Row]) -> str:
+    """Table 5: score and time of each variant, per task, with the time over the first variant's."""
+    parts = []
+    for task in _values(rows, "task"):
+        own = [row for row in rows if row["task"] == task]
+        first = own[0]["seconds"]
+        parts.append(
+            f"{task}:\n\n"
+            + to_markdown(
+                [
+                    {
+                        "method": row["policy"],
+                        "L": row["gen_length"],
+                        "tokens/step": row["tokens_per_step"],
+                        "score %": percent(row["score"]),
+                        "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
+                        "engine s": row["seconds"],
+                        "time ratio": row["seconds"] / first if first else None,
+                    }
+                    for row in own
+                ]
+            )
+        )
+    return "\n".join(parts)
+
+
+def curves(rows: Sequence[Row]) -> str:
+    """Figure 4: score against network function evaluations (forwards), per task and policy.
+
+    A forward over few rows counts as one, so the rows of all passes stand beside it.
+    """
+    ordered = sorted(rows, key=lambda row: (row["task"], row["policy"], row["forwards"] or 0.0))
+    return to_markdown(
+        [
+            {
+                "task": row["task"],
+                "policy": row["policy"],
+                "NFE": row["forwards"],
+                "backwards": row["backwards"],
+                "rows": row["rows"],
+                "score %": percent(row["score"]),
+                "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
+            }
+            for row in ordered
+        ]
+    )
+
+
+def _values(rows: Sequence[Row], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))

@@ -1,0 +1,95 @@
+"""A checkpoint in this process: the denoising loop's network and a tokenizer, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+import boe_vllm
+from boe_vllm.decoding.loop import DenoisingLoop
+from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.models.standalone import build
+
+FILES = ("config.json", "tokenizer.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Denoiser:
+    """A network with its words."""
+
+    name: str
+    model: LLaDAForDiffusion
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @property
+    def config(self) -> LLaDAConfig:
+        """Of the network."""
+        return self.model.config
+
+    def open_loop(self, cache_rows: int) -> DenoisingLoop:
+        """A loop as the engine's, without requests.
+
+        Args:
+            cache_rows: rows of keys and values that its requests may freeze.
+        """
+        config = self.config
+        assert config.mask_token_id is not None and config.eos_token_id is not None
+        late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
+        return DenoisingLoop(
+            self.model,
+            mask_token_id=config.mask_token_id,
+            eos_token_id=config.eos_token_id,
+            late_tokens=late,
+            device=self.device,
+            cache_rows=cache_rows,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(tokens))
+
+    def word(self, token: int) -> str:
+        """The text of one token."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def load(name: str, device: str = "cpu") -> Denoiser:
+    """Open a checkpoint, in the dtype of its config.
+
+    Args:
+        name: a folder, or `tiny`, the bundled one.
+        device: where the network lives.
+
+    Raises:
+        ValueError: for a folder that is no checkpoint.
+    """
+    folder = Path(boe_vllm.model_path(name)).expanduser()
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"--model: expected a checkpoint's folder or tiny, got {name!r} without {file}; "
+                f"name a folder on this machine"
+            )
+    config = LLaDAConfig.from_pretrained(str(folder))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    if not tensors:
+        raise ValueError(
+            f"--model: expected *.safetensors in {name!r}, got none; name another folder"
+        )
+    model = build(config, dtype=next(iter(tensors.values())).dtype, device=device)
+    model.load_weights(tensors.items())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Denoiser(name=name, model=model, tokenizer=tokenizer, device=torch.device(device))

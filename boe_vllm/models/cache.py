@@ -1,0 +1,176 @@
+"""Frozen keys and values of finished and later blocks (Fast-dLLM's prefix and dual caches).
+
+A block's first step computes every row and stores the keys and values of the rows that the block's
+later steps leave alone: with "prefix" those before the block, with "dual" those after it too. It is
+an approximation: the stored rows do not see what the block commits until the next refresh.
+
+Legend: `T` packed live rows, `S` rows of keys and values, `G` key heads, `P` size of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.models.rows import RowLayout
+from boe_vllm.models.saved import KeyValueContext
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CachePlan:
+    """What one sequence does with its stored rows in one pass."""
+
+    live_positions: IntArray | None
+    """Positions that are computed; None for all of them, which refreshes the stored rows."""
+    frozen_positions: IntArray
+    """Positions whose keys and values are stored, ascending."""
+    slots: IntArray
+    """Where in the pool each of them lies."""
+
+    @property
+    def refresh(self) -> bool:
+        """This pass computes every row and stores; otherwise it reads."""
+        return self.live_positions is None
+
+
+class KeyValuePool:
+    """Preallocated storage for the stored rows of all requests."""
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        layers: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate `rows` rows of keys and values for every layer; none until first used."""
+        self.rows = rows
+        self._shape = (layers, 2, rows, heads, head_size)
+        self._dtype, self._device = dtype, device
+        self._storage: Tensor | None = None
+        self._free = np.arange(rows)
+
+    @property
+    def storage(self) -> Tensor:
+        """[layers, 2, rows, G, P]."""
+        if self._storage is None:
+            self._storage = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._storage
+
+    @property
+    def used(self) -> int:
+        """Rows in use."""
+        return self.rows - len(self._free)
+
+    def take(self, count: int) -> IntArray:
+        """Slots for `count` rows.
+
+        Raises:
+            ValueError: when too few are free; admission keeps running requests within the pool.
+        """
+        if count > len(self._free):
+            raise ValueError(
+                f"cache: expected room for {count} rows, got {len(self._free)} of {self.rows}; "
+                "raise cache_rows or lower max_num_seqs"
+            )
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
+
+    def give_back(self, slots: IntArray) -> None:
+        """Return slots to the pool."""
+        self._free = np.concatenate([self._free, slots])
+
+
+class RequestCache:
+    """The stored rows of one request: which, and where. Its room is taken when it is admitted."""
+
+    def __init__(
+        self, mode: str, refresh_every: int | None, pool: KeyValuePool, length: int
+    ) -> None:
+        """Take room for `length` rows.
+
+        Raises:
+            ValueError: when the pool has none.
+        """
+        self.mode, self.refresh_every, self.pool = mode, refresh_every, pool
+        self.length = length
+        self.slots = pool.take(length)
+        self.block = -1
+        self.live: IntArray = np.empty(0, np.int64)
+        self.frozen: IntArray = np.empty(0, np.int64)
+
+    def plan(self, *, block: int, block_step: int, block_positions: IntArray) -> CachePlan:
+        """What the coming pass does; a new block freezes another set of rows."""
+        due = self.refresh_every is not None and block_step % self.refresh_every == 0
+        refresh = due or block != self.block
+        if block != self.block:
+            live = np.zeros(self.length, bool)
+            live[block_positions] = True
+            if self.mode == "prefix":
+                live[block_positions[-1] :] = True
+            self.live, self.frozen = np.flatnonzero(live), np.flatnonzero(~live)
+            self.block = block
+        return CachePlan(
+            live_positions=None if refresh else self.live,
+            frozen_positions=self.frozen,
+            slots=self.slots[: len(self.frozen)],
+        )
+
+    def release(self) -> None:
+        """Give the room back."""
+        self.pool.give_back(self.slots)
+        self.slots = np.empty(0, np.int64)
+
+
+class CachedRows(KeyValueContext):
+    """Keys and values of a pass in which some sequences store rows and some read them."""
+
+    def __init__(
+        self, pool: KeyValuePool, layout: RowLayout, plans: Sequence[CachePlan | None]
+    ) -> None:
+        self.pool = pool
+        total = sum(layout.live_lens)
+        source: list[IntArray] = []
+        store: list[IntArray] = []
+        slots: list[IntArray] = []
+        read: list[IntArray] = []
+        for n, plan in enumerate(plans):
+            start, live = layout.live_starts[n], layout.live_lens[n]
+            source.append(np.arange(start, start + live))
+            if plan is not None and plan.refresh:
+                place = np.empty(max(layout.row_positions[n]) + 1, np.int64)
+                place[layout.row_positions[n]] = np.arange(start, start + live)
+                store.append(place[plan.frozen_positions])
+                slots.append(plan.slots)
+            elif plan is not None:
+                done = sum(map(len, read))
+                source.append(total + done + np.arange(len(plan.slots)))
+                read.append(plan.slots)
+
+        def index(pieces: list[IntArray]) -> Tensor | None:
+            return torch.from_numpy(np.concatenate(pieces)).to(layout.device) if pieces else None
+
+        self.store, self.slots, self.read = index(store), index(slots), index(read)
+        self.source = index(source) if read else None
+
+    def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what is to be stored; return [live | stored] of every sequence."""
+        stored = self.pool.storage[layer]
+        if self.store is not None and self.slots is not None:
+            stored[0, self.slots] = keys_TGP[self.store]
+            stored[1, self.slots] = values_TGP[self.store]
+        if self.read is None or self.source is None:
+            return keys_TGP, values_TGP
+        return (
+            torch.cat([keys_TGP, stored[0, self.read]])[self.source],
+            torch.cat([values_TGP, stored[1, self.read]])[self.source],
+        )

@@ -1,0 +1,163 @@
+"""RowLayout: the live rows of all sequences of a pass, packed without padding.
+
+A bidirectional network does not care in which order a sequence's rows are stored, since rotary
+positions travel with the rows. So each sequence's rows are stored in two groups:
+
+    [ logit rows | other live rows ]
+
+Logit rows are those whose predictions are wanted: the masked ones first, then any further ones.
+The rows that a backward needs ("active rows first") are the masked logit rows or all live rows, so
+they come first as well. Sequences follow each other; keys that are frozen (a cache, or the rows
+outside a partial pass) come after a sequence's live keys.
+
+Legend: `T` packed live rows, `R` packed logit rows, `K` packed kept rows, `S` sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from boe_vllm.attention import AttentionLayout
+from boe_vllm.base.arrays import IntArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceRows:
+    """The rows of one sequence in one pass, before packing."""
+
+    tokens: IntArray
+    """[L] token ids of the whole sequence."""
+    logit_positions: IntArray
+    """Masked positions whose predictions are wanted, ascending."""
+    extra_positions: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """Further positions whose predictions are wanted, ascending; their rows come after."""
+    keep: Literal["none", "masked", "all"] = "none"
+    """Rows whose activations are kept: none, those of `logit_positions`, or all live rows."""
+    live_positions: IntArray | None = None
+    """Positions that are computed; None for all."""
+    frozen_rows: int = 0
+    """Keys of this sequence that are given, not computed."""
+
+    @property
+    def wanted_positions(self) -> IntArray:
+        """Positions whose predictions are wanted, in the order of their rows."""
+        return np.concatenate([self.logit_positions, self.extra_positions])
+
+    @property
+    def live_rows(self) -> int:
+        """Rows that are computed."""
+        return len(self.tokens if self.live_positions is None else self.live_positions)
+
+    @property
+    def saved_rows(self) -> int:
+        """Rows whose activations are kept."""
+        return {"none": 0, "masked": len(self.logit_positions), "all": self.live_rows}[self.keep]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """Where every row of a pass lies. Built by `pack`; everything else consumes it."""
+
+    tokens: torch.Tensor
+    """[T] int64 token ids, on the device."""
+    positions: torch.Tensor
+    """[T] int64 rotary positions, on the device."""
+    live_lens: tuple[int, ...]
+    """[S] live rows per sequence."""
+    logit_lens: tuple[int, ...]
+    """[S] logit rows per sequence."""
+    saved_lens: tuple[int, ...]
+    """[S] kept rows per sequence."""
+    frozen_lens: tuple[int, ...]
+    """[S] frozen keys per sequence."""
+    row_positions: tuple[IntArray, ...]
+    """[S] positions of each sequence's live rows in their packed order (host)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.tokens.device
+
+    @functools.cached_property
+    def live_starts(self) -> tuple[int, ...]:
+        """[S] first packed row of each sequence."""
+        return _starts(self.live_lens)
+
+    @functools.cached_property
+    def logit_starts(self) -> tuple[int, ...]:
+        """[S] first packed logit row of each sequence."""
+        return _starts(self.logit_lens)
+
+    @functools.cached_property
+    def saved_starts(self) -> tuple[int, ...]:
+        """[S] first packed kept row of each sequence."""
+        return _starts(self.saved_lens)
+
+    @functools.cached_property
+    def logit_index(self) -> torch.Tensor:
+        """[R] packed rows of the logit rows."""
+        return _heads(self.live_starts, self.logit_lens).to(self.device)
+
+    @functools.cached_property
+    def saved_index(self) -> torch.Tensor:
+        """[K] packed rows of the kept rows."""
+        return _heads(self.live_starts, self.saved_lens).to(self.device)
+
+    @functools.cached_property
+    def attention(self) -> AttentionLayout:
+        """Queries: the live rows; keys: the live rows, then the frozen ones; active: the kept."""
+        return AttentionLayout(
+            q_seqlens=self.live_lens,
+            kv_seqlens=tuple(
+                live + frozen for live, frozen in zip(self.live_lens, self.frozen_lens, strict=True)
+            ),
+            active_seqlens=self.saved_lens,
+        )
+
+
+def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
+    """Order and concatenate the rows of all sequences; one transfer to the device."""
+    tokens, positions = [np.empty(0, np.int64)], []
+    for rows in sequences:
+        order = _packed_order(rows)
+        positions.append(order)
+        tokens.append(rows.tokens[order])
+    packed = np.stack([np.concatenate(tokens), np.concatenate([tokens[0], *positions])])
+    on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+    return RowLayout(
+        tokens=on_device[0],
+        positions=on_device[1],
+        live_lens=tuple(map(len, positions)),
+        logit_lens=tuple(
+            len(rows.logit_positions) + len(rows.extra_positions) for rows in sequences
+        ),
+        saved_lens=tuple(rows.saved_rows for rows in sequences),
+        frozen_lens=tuple(rows.frozen_rows for rows in sequences),
+        row_positions=tuple(positions),
+    )
+
+
+def _packed_order(rows: SequenceRows) -> IntArray:
+    """[live] positions: the masked logit rows, the further ones, the others, each ascending."""
+    length = len(rows.tokens)
+    live = np.arange(length) if rows.live_positions is None else rows.live_positions
+    rank = np.full(length, 2, dtype=np.int8)
+    rank[rows.extra_positions] = 1
+    rank[rows.logit_positions] = 0
+    return live[np.argsort(rank[live], kind="stable")]
+
+
+def _starts(lens: Sequence[int]) -> tuple[int, ...]:
+    return (0, *np.cumsum(lens)[:-1].tolist())
+
+
+def _heads(starts: Sequence[int], lens: Sequence[int]) -> torch.Tensor:
+    """Indices of the first `lens[s]` rows from `starts[s]`, for every sequence."""
+    pieces = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
+    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))

@@ -1,0 +1,59 @@
+"""What a pass leaves behind for its backward, and where it finds keys and values.
+
+Legend: `T` packed live rows, `K` packed kept rows, `S` rows of keys and values, `D` width, `F` the
+MLP's width, `H`/`G` heads of queries/keys, `P` size of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from boe_vllm.models.functional import Scratch
+from boe_vllm.models.rows import RowLayout
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class SavedLayer:
+    """What one block's backward needs."""
+
+    before_AD: Tensor
+    after_attention_AD: Tensor
+    queries_AHP: Tensor
+    gate_up_A2F: Tensor
+    keys_SGP: Tensor
+    values_SGP: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class SavedPass:
+    """What the backward of one pass needs, layer by layer."""
+
+    layout: RowLayout
+    rotary_2A1p: Tensor
+    layers: list[SavedLayer]
+    final_AD: Tensor | None = None
+
+
+class KeyValueContext:
+    """Where a pass finds keys and values: by default only the live rows' own."""
+
+    def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows, [S, G, P] each, given those of the live rows."""
+        return keys_TGP, values_TGP
+
+
+def key_value_memory(
+    x_TD: Tensor, memory: Scratch, *, layers: int, heads: int, head_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Uninitialised keys and values of every layer, [T, G, P] each, one after another in `memory`.
+
+    A saved holds megabytes per layer; taken from the heap they would push a step's temporaries to
+    memory that is not in the cache, or not mapped at all.
+    """
+    flat = memory.like(x_TD, layers * 2 * heads * head_size)
+    pairs = flat.view(layers, 2, len(x_TD), heads, head_size)
+    return [(keys, values) for keys, values in pairs]

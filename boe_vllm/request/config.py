@@ -1,0 +1,288 @@
+"""What a server or a request may say about decoding, and what follows from it for one canvas.
+
+`SamplerConfig` holds the frame (canvas, blocks, steps) and the settings of one unmasking policy.
+`plan_canvas` turns it into the numbers of one request. Nothing here imports torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from boe_vllm.base import options
+from boe_vllm.policies import POLICY_NAMES, PolicyConfig, frequencies, load_policy
+from boe_vllm.request.given_text import GivenText, split_given_text
+from boe_vllm.request.schedule import Schedule
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+DEFAULT_POLICY = "confidence"
+CHOICES = "choices"  # what decodes a request that names its answers
+DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_TOKENS_PER_STEP = 1
+
+# Keys of SamplingParams.extra_args that belong to vLLM itself.
+VLLM_EXTRA_ARGS = frozenset({"kv_transfer_params", "session_id", "ec_transfer_params"})
+
+
+@options.options
+class FrameConfig:
+    """The canvas and its schedule, whatever the policy (LLaDA's `generate.py`)."""
+
+    gen_length: PositiveInt | None = None
+    """Canvas length in tokens. Default: `max_tokens`, rounded up to whole blocks."""
+    block_length: PositiveInt | None = None
+    """Tokens per block; blocks are decoded left to right. Default: 32, or the canvas if shorter."""
+    steps: PositiveInt | None = None
+    """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
+    tokens_per_step: PositiveInt | None = None
+    """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    schedule: Schedule = "linear"
+    """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
+    at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Classifier-free guidance w (LLaDA's option): logits `V_u + (w + 1)(V_c - V_u)`, with the
+    prompt masked in `V_u`; two forwards a step. 0 for none."""
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Keys and values frozen within a block (Fast-dLLM): none, those before the block, or those
+    after it too. An approximation."""
+    cache_refresh: PositiveInt | None = None
+    """Denoising steps after which frozen keys and values are computed again within a block."""
+    logits_eos_inf: bool = False
+    """Never propose EOS (LLaDA's option of the same name)."""
+    confidence_eos_eot_inf: bool = False
+    """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
+    trace: bool = False
+    """Return for every token its step, entropy, confidence and score at commit."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.tokens_per_step is not None:
+            raise ValueError(
+                f"steps and tokens_per_step exclude each other, got steps={self.steps} and "
+                f"tokens_per_step={self.tokens_per_step}; set one of them"
+            )
+        if self.cache_refresh is not None and self.cache == "none":
+            raise ValueError(
+                f"cache_refresh: expected cache 'prefix' or 'dual' beside it, got 'none' with "
+                f"cache_refresh={self.cache_refresh}; set cache or remove cache_refresh"
+            )
+        if self.cfg_scale > 0 and self.cache != "none":
+            raise ValueError(
+                f"cfg_scale: expected cache 'none' beside it, got cache={self.cache!r} with "
+                f"cfg_scale={self.cfg_scale}; remove one of them"
+            )
+        if self.gen_length is not None and self.block_length is not None:
+            _must_divide("gen_length", self.gen_length, "block_length", self.block_length)
+
+
+@options.options
+class ServerConfig:
+    """What only the server's own configuration may set, for whatever policy requests name."""
+
+    frequencies: str | None = None
+    """Path of a token frequency table, for the policy `pc`."""
+
+    def __post_init__(self) -> None:
+        if self.frequencies is not None:
+            frequencies.load(self.frequencies)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """A policy by name, its own settings, and the frame around it."""
+
+    policy: str = DEFAULT_POLICY
+    frame: FrameConfig = dataclasses.field(default_factory=FrameConfig)
+    settings: PolicyConfig = dataclasses.field(
+        default_factory=lambda: load_policy(DEFAULT_POLICY).Config()
+    )
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    given_text: GivenText = dataclasses.field(default_factory=GivenText)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a flat, JSON-ready mapping; `parse_sampler_config` reads it back."""
+        flat: dict[str, Any] = {"policy": self.policy}
+        flat.update(dataclasses.asdict(self.frame))
+        flat.update(dataclasses.asdict(self.server))
+        flat.update(dataclasses.asdict(self.settings))
+        return flat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CanvasPlan:
+    """The shape of one request's canvas, in tokens and steps."""
+
+    gen_length: int
+    """Masked positions appended to the prompt."""
+    block_length: int
+    """Positions per block; the last block may be shorter where the context ends."""
+    steps_per_block: int | None
+    """Steps of each block if `steps` was given."""
+    tokens_per_step: int
+    """Tokens per step otherwise."""
+
+    def steps_for(self, masked: int) -> int:
+        """Denoising steps of a block that starts with `masked` masked positions."""
+        return self.steps_per_block or -(-masked // self.tokens_per_step)
+
+
+def parse_sampler_config(
+    fields: Mapping[str, Any], *, base: SamplerConfig | None = None
+) -> SamplerConfig:
+    """Read flat fields (server's or request's) over the defaults in `base`.
+
+    A request that names another policy than the server's keeps the server's frame and starts
+    from that policy's own defaults. Values may be JSON text, as `vllm_xargs` cannot nest.
+
+    Args:
+        fields: by name.
+        base: the server's configuration if the fields are a request's; None if they are the
+            server's own, which alone may set the fields of `ServerConfig`.
+
+    Raises:
+        ValueError: for an unknown or invalid field, naming it, what was expected and what came.
+    """
+    own_word = base is None
+    base = base or SamplerConfig()
+    fields = {key: plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
+    given_text, fields = split_given_text(fields)
+    if given_text != GivenText():
+        if own_word:
+            raise _not_here("in a request", "the server's configuration", given_text.given())
+        if given_text.choices is not None:
+            return _for_choices(given_text, fields, base)
+    policy = fields.pop("policy", base.policy)
+    if not isinstance(policy, str) or policy not in POLICY_NAMES:
+        raise ValueError(
+            f"policy: expected one of {sorted(POLICY_NAMES)}, got {policy!r}; choose one of them"
+        )
+    settings_class = load_policy(policy).Config
+    frame_names, own_names = options.names(FrameConfig), options.names(settings_class)
+    server_names = options.names(ServerConfig)
+    server = {key: fields.pop(key) for key in server_names if key in fields}
+    if server and not own_word:
+        raise _not_here("in the server's own configuration", "a request", server)
+    server_config = options.build(ServerConfig, dataclasses.asdict(base.server) | server)
+    for name in fields:
+        if name not in frame_names and name not in own_names:
+            raise options.unknown_field(
+                name, ["policy", *frame_names, *own_names], f" for policy {policy!r}"
+            )
+    frame = {key: value for key, value in fields.items() if key in frame_names}
+    # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
+    inherited = dataclasses.asdict(base.frame)
+    for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
+        if frame.get(name) is not None and other not in frame:
+            inherited[other] = None
+    if given_text.canvas_template is not None:
+        inherited["gen_length"] = None  # a request's own template goes before a server's length
+    settings = {key: value for key, value in fields.items() if key in own_names}
+    shared = dataclasses.asdict(server_config)
+    settings |= {key: shared[key] for key in server_names if key in own_names}
+    settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
+    return SamplerConfig(
+        policy=policy,
+        frame=options.build(FrameConfig, inherited | frame),
+        settings=options.build(settings_class, settings),
+        server=server_config,
+        given_text=given_text,
+    )
+
+
+def _for_choices(
+    given_text: GivenText, fields: Mapping[str, Any], base: SamplerConfig
+) -> SamplerConfig:
+    """The answers decide the canvas and its steps: few fields mean anything beside them."""
+    kept = {"cfg_scale": base.frame.cfg_scale, "trace": base.frame.trace}
+    for name in fields:
+        if name not in kept:
+            raise ValueError(
+                f"choices: expected only {sorted(kept)} beside it, got {name}={fields[name]!r}; "
+                f"remove {name!r}"
+            )
+    return SamplerConfig(
+        policy=CHOICES,
+        frame=options.build(FrameConfig, kept | dict(fields)),
+        server=base.server,
+        given_text=given_text,
+    )
+
+
+def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
+    name, value = next(iter(fields.items()))
+    return ValueError(f"{name}: expected {where} only, got {value!r} in {found}; remove it there")
+
+
+def plan_canvas(
+    config: SamplerConfig, *, prompt_len: int, max_tokens: int, max_model_len: int
+) -> CanvasPlan:
+    """Fix the canvas of one request.
+
+    Args:
+        config: the request's settings.
+        prompt_len: tokens of the prompt.
+        max_tokens: the request's `max_tokens`.
+        max_model_len: tokens that the model's context holds.
+
+    Raises:
+        ValueError: when lengths or steps do not divide, or the canvas does not fit.
+    """
+    frame = config.frame
+    room = max_model_len - prompt_len
+    given_text = config.given_text.length
+    wanted = frame.gen_length or given_text or max_tokens
+    source = "gen_length" if frame.gen_length else "max_tokens"
+    if given_text and not frame.gen_length:
+        source = CHOICES if config.given_text.choices else "canvas_template"
+    if wanted < (given_text or 0):
+        raise ValueError(
+            f"gen_length: expected at least the {given_text} tokens of canvas_template, got {wanted}; "
+            f"raise or remove it"
+        )
+    if wanted > room:
+        raise ValueError(
+            f"{source}: expected a canvas of at most {room} tokens (context of {max_model_len} "
+            f"less a prompt of {prompt_len}), got {wanted}; lower {source!r} or shorten the prompt"
+        )
+    block = frame.block_length or min(DEFAULT_BLOCK_LENGTH, wanted)
+    if config.given_text.choices or (source != "max_tokens" and wanted % block):
+        block = block if frame.block_length else wanted
+    if frame.gen_length:
+        _must_divide("gen_length", wanted, "block_length", block)
+    # A template is as long as it is, whatever its blocks.
+    room = wanted if source == "canvas_template" else room
+    # Rounding up may not push a canvas that fits out of the context: the last block is cut there.
+    gen_length = min(-(-wanted // block) * block, room)
+    blocks = -(-gen_length // block)
+    steps_per_block = None
+    if frame.steps is not None:
+        _must_divide("steps", frame.steps, "number of blocks", blocks)
+        steps_per_block = frame.steps // blocks
+    return CanvasPlan(
+        gen_length=gen_length,
+        block_length=block,
+        steps_per_block=steps_per_block,
+        tokens_per_step=frame.tokens_per_step or DEFAULT_TOKENS_PER_STEP,
+    )
+
+
+def _must_divide(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ValueError(
+            f"{name}: expected a multiple of {by_name} ({by}), got {value}; "
+            f"use {value // by * by or by} or {-(-value // by) * by}"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Read JSON text where a field cannot be nested (HTTP); leave every other value alone."""
+    if isinstance(value, str) and value[:1] in "[{":
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value

@@ -1,0 +1,267 @@
+"""The model runner as vLLM's workers see it: requests in, tokens of one denoising step out.
+
+Everything that decides a token is in `engine.loop`; this module translates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
+
+from boe_vllm.decoding.canvas import RequestParams, TokenLogprobs
+from boe_vllm.decoding.loop import DenoisingLoop, StepResult
+from boe_vllm.request.limits import EngineSettings
+from boe_vllm.vllm_plugin.admission import plan_request, server_config
+from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
+from boe_vllm.vllm_plugin.token_fields import token_constraints_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
+    from vllm.tasks import SupportedTask
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import DraftTokenIds
+
+    from boe_vllm.models.decoder import LLaDAForDiffusion
+
+logger = init_logger("vllm." + __name__)
+
+_GREEDY_BELOW = 1e-5  # vLLM's own limit
+
+
+class DiffusionModelRunner:
+    """Holds the network and the denoising loop; has no key/value cache of vLLM's."""
+
+    is_pooling_model = False
+    model: LLaDAForDiffusion
+    loop: DenoisingLoop
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        """Remember the configuration; `load_model` does the work.
+
+        Args:
+            vllm_config: after `engine.wiring` completed it.
+            device: where the network goes.
+        """
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.load_config = vllm_config.load_config
+        self.scheduler_config = vllm_config.scheduler_config
+        self.device = device
+        self.kv_caches: list[torch.Tensor] = []
+        self.model_memory_usage = 0
+
+    # ---- start ---------------------------------------------------------------------------------
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load the network with vLLM's loader.
+
+        Raises:
+            ValueError: for a checkpoint with missing or unexpected tensors.
+        """
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        self.model = get_model(vllm_config=self.vllm_config)
+        config = self.model_config.hf_config
+        parameters = self.model.parameters()
+        self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
+        late = {config.eos_token_id, config.eot_token_id} - {None}
+        settings = EngineSettings.read(self.vllm_config.additional_config)
+        # The scheduler keeps the rows of all requests that hold a canvas within this.
+        rows = self.scheduler_config.max_num_batched_tokens
+        self.loop = DenoisingLoop(
+            self.model,
+            mask_token_id=config.mask_token_id,
+            eos_token_id=config.eos_token_id,
+            late_tokens=frozenset(late),
+            device=self.device,
+            budget_bytes=settings.logits_budget_mb * 2**20,
+            cache_rows=rows,
+            row_budget=rows,
+        )
+
+    def warming_up_model(self) -> None:
+        """Run the largest step that the scheduler may ask for, with the server's policy."""
+        max_model_len = self.model_config.max_model_len
+        canvas_len = server_config(self.vllm_config).frame.gen_length or min(32, max_model_len - 1)
+        params = SamplingParams(max_tokens=canvas_len, temperature=0.0)
+        filler = self.model_config.hf_config.eos_token_id or 0
+        number = self.scheduler_config.max_num_batched_tokens // max_model_len
+        req_ids = [f"warm-up-{n}" for n in range(number)]
+        for req_id in req_ids:
+            prompt = [filler] * (max_model_len - canvas_len)
+            self.loop.add(req_id, prompt, self._request_params(prompt, params))
+        self.loop.step(req_ids)
+        for req_id in req_ids:
+            self.loop.remove(req_id)
+
+    def get_model(self) -> LLaDAForDiffusion:
+        return self.model
+
+    def get_draft_model(self) -> None:
+        return None
+
+    def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """None: all rows are computed in every step."""
+        return {}
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager | None = None,
+    ) -> None:
+        """Nothing to allocate."""
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def execute_model(
+        self,
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: IntermediateTensors | None = None,
+    ) -> ModelRunnerOutput:
+        """Forget finished requests, open canvases for new ones, and run one denoising step.
+
+        Preempted requests keep their canvas and go on with it when they are scheduled again.
+        """
+        for req_id in scheduler_output.finished_req_ids:
+            self.loop.remove(req_id)
+        errors: dict[str, str] = {}
+        for request in scheduler_output.scheduled_new_reqs:
+            try:
+                self._add(request)
+            except Exception as error:  # of this request alone
+                if not isinstance(error, ValueError):
+                    logger.exception("Request %s could not begin", request.req_id)
+                errors[request.req_id] = str(error)
+        req_ids = list(scheduler_output.num_scheduled_tokens)
+        if not req_ids:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        known = [req_id for req_id in req_ids if req_id in self.loop.canvases]
+        for req_id in set(req_ids).difference(known, errors):
+            errors[req_id] = "the model runner has no canvas for it"
+        output = to_output(req_ids, self._texts(self.loop.step(known)), errors)
+        output.counters = self.loop.read_counters()
+        return output
+
+    def _texts(self, results: dict[str, StepResult]) -> dict[str, StepResult]:
+        """Add the text of what was written into prompts, where there is a tokenizer."""
+        for result in results.values():
+            runs = (result.report or {}).get("infill", ())
+            tokenizer = cached_tokenizer_from_config(self.model_config) if runs else None
+            if tokenizer is not None:
+                for run in runs:
+                    run["text"] = tokenizer.decode(run["tokens"])
+        return results
+
+    def _add(self, request: NewRequestData) -> None:
+        if request.req_id in self.loop.canvases:
+            return
+        assert request.prompt_token_ids is not None and request.sampling_params is not None
+        prompt = list(request.prompt_token_ids)
+        params = self._request_params(prompt, request.sampling_params)
+        self.loop.add(request.req_id, prompt, params)
+
+    def _request_params(self, prompt: Sequence[int], params: SamplingParams) -> RequestParams:
+        config, plan = plan_request(len(prompt), params, self.vllm_config)
+        count = params.logprobs
+        return RequestParams(
+            config=config,
+            plan=plan,
+            temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
+            seed=params.seed or 0,  # admission gives every request a seed
+            logprobs=count is not None,
+            top_logprobs=self.model.vocab_size if count == -1 else count or 0,
+            token_constraints=token_constraints_of(
+                config, params, self.model_config.hf_config.mask_token_id
+            ),
+        )
+
+    # ---- what vLLM's workers also ask for ------------------------------------------------------
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        return None
+
+    def get_encoder_timing_stats(self) -> dict[str, dict[str, float | int]]:
+        return {}
+
+    def reset_mm_cache(self) -> None:
+        """Nothing is cached."""
+
+    def reset_encoder_cache(self) -> None:
+        """Nothing is cached."""
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "reload_weights is not supported by the diffusion runner; restart the engine"
+        )
+
+    def shutdown(self) -> None:
+        """Let go of the canvases and of the network."""
+        for name in ("loop", "model"):
+            self.__dict__.pop(name, None)
+
+
+def to_output(
+    req_ids: Sequence[str], results: dict[str, StepResult], errors: dict[str, str]
+) -> DiffusionModelRunnerOutput:
+    """What vLLM's scheduler reads, for the scheduled requests in their order.
+
+    Args:
+        req_ids: the scheduled requests.
+        results: of the denoising step, by request.
+        errors: of requests that did not take part in it.
+    """
+    errors = errors | {r: result.error for r, result in results.items() if result.error}
+    tokens = [list(results[r].tokens) if r in results else [] for r in req_ids]
+    return DiffusionModelRunnerOutput(
+        req_ids=list(req_ids),
+        req_id_to_index={req_id: index for index, req_id in enumerate(req_ids)},
+        sampled_token_ids=tokens,
+        logprobs=to_logprobs([results[r].logprobs if r in results else None for r in req_ids]),
+        reports={r: result.report for r, result in results.items() if result.report is not None},
+        errors=errors,
+        done={r for r, result in results.items() if result.done and r not in errors},
+    )
+
+
+def to_logprobs(requests: Sequence[list[TokenLogprobs] | None]) -> LogprobsLists | None:
+    """The log-probabilities of all requests' new tokens, one row each, as vLLM slices them.
+
+    Rows are as wide as the widest; vLLM cuts each to what its request asked for.
+
+    Args:
+        requests: for each scheduled request, one entry per new token; None if it did not ask.
+    """
+    rows = [row for request in requests for row in request or ()]
+    if not rows:
+        return None
+    width = max(len(row.token_ids) for row in rows)
+    token_ids = np.zeros((len(rows), width), np.int64)
+    logprobs = np.full((len(rows), width), -np.inf, np.float32)
+    for index, row in enumerate(rows):
+        token_ids[index, : len(row.token_ids)] = row.token_ids
+        logprobs[index, : len(row.logprobs)] = row.logprobs
+    starts = np.cumsum([0] + [len(request or ()) for request in requests])
+    return LogprobsLists(
+        logprob_token_ids=token_ids,
+        logprobs=logprobs,
+        sampled_token_ranks=np.array([row.rank for row in rows], np.int64),
+        cu_num_generated_tokens=starts.tolist(),
+    )

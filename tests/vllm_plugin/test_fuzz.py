@@ -1,0 +1,243 @@
+"""Whatever a request says, it is refused or served, and the request beside it never notices.
+
+`BOE_VLLM_FUZZ_CASES` sets the number of cases, 2000 for a release.
+"""
+
+import json
+import os
+from collections import Counter
+
+import pydantic
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
+
+import boe_vllm
+from boe_vllm.base import options
+from boe_vllm.policies import POLICY_NAMES, load_policy
+from boe_vllm.request.config import FrameConfig
+from boe_vllm.request.given_text import GivenText
+
+REFUSALS = (ValueError, TypeError, VLLMValidationError)
+CASES = int(os.environ.get("BOE_VLLM_FUZZ_CASES", "60"))
+CONTEXT, VOCAB, MASK = 64, 264, 261
+ENDS: Counter[str] = Counter()
+"""How the cases ended; printed at the end, for `-s`."""
+MOST_STEPS = 2000  # of the engine; the server's limit on steps is below it
+CONTROL = SamplingParams(
+    temperature=1.0, seed=3, max_tokens=6, ignore_eos=True, extra_args={"policy": "boe"}
+)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    table = tmp_path_factory.mktemp("table") / "frequencies.json"
+    table.write_text(json.dumps({"num_token": 100, "p_baseline_dict": {"49": 30, "50": 20}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        torch.set_num_threads(1)  # requests this small do not gain from more
+        llm = LLM(
+            boe_vllm.tiny_model_path(),
+            sampler="boe",
+            sampler_config={"frequencies": str(table)},
+            max_model_len=CONTEXT,
+            max_num_seqs=4,
+            additional_config={"max_steps": 200, "max_lookahead_rows": 4000},
+        )
+        yield llm
+        print(f"\n{sum(ENDS.values())} cases: {dict(ENDS)}")
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def run(llm, requests):
+    """Outputs by number, or what refused a request."""
+    engine, outputs = llm.llm_engine, {}
+    names = {}
+    for n, (prompt, params) in enumerate(requests):
+        try:
+            names[engine.add_request(str(n), {"prompt_token_ids": prompt}, params)] = n
+        except REFUSALS as error:
+            outputs[n] = error
+    for _ in range(MOST_STEPS):
+        if not engine.has_unfinished_requests():
+            return outputs
+        for output in engine.step():
+            if output.finished:
+                outputs[int(output.request_id.partition("-")[0])] = output
+    raise AssertionError(f"not done after {MOST_STEPS} steps: {requests[-1]}")
+
+
+@pytest.fixture(scope="module")
+def control(llm):
+    return run(llm, [([65, 58, 49], CONTROL)])[0].outputs[0].token_ids
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([10**9, -(10**9), 10**30]),
+    st.floats(),
+    st.floats(0, 1),
+    st.text(max_size=8),
+    st.sampled_from(["{", "[1, 2]", '{"a": 1}', "none", "top", "kl", "mask"]),
+    st.lists(st.integers(-1, 300) | st.text(max_size=3), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+BLOCKS = st.sampled_from([1, 2, 4, 8, 16, 32])  # lengths that often divide
+
+
+def values(schema):
+    """Values that a JSON schema allows, small ones and the bounds themselves."""
+    if "anyOf" in schema:
+        return st.one_of([values(option) for option in schema["anyOf"]])
+    if "enum" in schema or "const" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    kind = schema["type"]
+    if kind == "array":
+        sizes = {"min_size": schema.get("minItems", 0), "max_size": 4}
+        return st.lists(values(schema["items"]), **sizes)
+    if kind == "integer":
+        least, most = schema.get("minimum", -2), schema.get("maximum", 10**9)
+        # Tokens of a list begin at 0; what begins at 1 is a number of something.
+        small = st.integers(least, min(most, VOCAB - 2 if least == 0 else 40))
+        return st.one_of(small, small, small, st.sampled_from([least, most]))
+    if kind == "number":
+        least = schema.get("minimum", schema.get("exclusiveMinimum", -1e9))
+        most = schema.get("maximum", schema.get("exclusiveMaximum", 1e9))
+        ends = {
+            "exclude_min": "exclusiveMinimum" in schema,
+            "exclude_max": "exclusiveMaximum" in schema and most <= 2,
+        }
+        usual = st.floats(least, min(most, 2.0), **ends)
+        return usual if most <= 2 else st.one_of(usual, usual, st.just(most))
+    simple = {
+        "boolean": st.booleans(),
+        "null": st.none(),
+        "string": st.text(min_size=schema.get("minLength", 0), max_size=4),
+    }
+    return simple[kind]
+
+
+def fields_of(config):
+    """A strategy for each field of a settings class, from the class itself."""
+    schema = pydantic.TypeAdapter(config).json_schema()
+    assert list(schema["properties"]) == options.names(config)
+    return {name: values(field) for name, field in schema["properties"].items()}
+
+
+FRAME = fields_of(FrameConfig) | {"block_length": BLOCKS} | fields_of(GivenText)
+OF_POLICY = {name: fields_of(load_policy(name).Config) for name in sorted(POLICY_NAMES)}
+
+
+def seldom(draw, times):
+    """Once in so many times; not at a bound, which hypothesis likes."""
+    return draw(st.integers(0, times - 1)) == times // 2
+
+
+@st.composite
+def fields(draw):
+    """Fields of a request: mostly those of one policy, mostly with values that could be right."""
+    policy = draw(st.sampled_from([*OF_POLICY, "boe", "boe", "boe", None]))
+    given_fields = {} if policy is None else {"policy": policy}
+    own = OF_POLICY["boe" if policy is None else policy]
+    for known, most in ((FRAME, 3), (own, 4)):
+        if known:
+            names = st.lists(st.sampled_from(sorted(known)), max_size=most, unique=True)
+            for name in draw(names):
+                given_fields[name] = draw(JUNK if seldom(draw, 16) else known[name])
+    if "choices" in given_fields and not seldom(draw, 4):  # which stand alone
+        given_fields = {k: v for k, v in given_fields.items() if k in ("choices", "trace")}
+    if seldom(draw, 20):
+        given_fields[draw(st.text(max_size=5))] = draw(JUNK)
+    return given_fields
+
+
+SETTINGS = {
+    "temperature": st.sampled_from([0.0, 1e-6, 1e-4, 0.7, 1.0, 2.0, 1e6]),
+    "top_p": st.floats(1e-9, 1),
+    "top_k": st.integers(-1, 300),
+    "min_p": st.floats(0, 1),
+    "max_tokens": st.integers(1, 50),
+    "min_tokens": st.integers(0, 5),
+    "seed": st.integers(0, 2**63 - 1),
+    "logprobs": st.integers(0, 20),
+    "stop": st.lists(st.text(min_size=1, max_size=2), max_size=2),
+    "ignore_eos": st.booleans(),
+    "logit_bias": st.dictionaries(st.integers(-1, 270), st.floats(-200, 200), max_size=3),
+    "allowed_token_ids": st.lists(st.integers(0, 265), max_size=5),
+    "bad_words": st.lists(st.text(min_size=1, max_size=3), max_size=3),
+    "stop_token_ids": st.lists(st.integers(0, 261), max_size=2),
+    "include_stop_str_in_output": st.booleans(),
+    "skip_special_tokens": st.booleans(),
+    "detokenize": st.booleans(),
+}
+REFUSED_SETTINGS = {
+    "repetition_penalty": st.floats(0.5, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "prompt_logprobs": st.none() | st.integers(0, 5),
+}
+
+
+@st.composite
+def settings_of_vllm(draw):
+    """Some of vLLM's own fields."""
+    known = REFUSED_SETTINGS if seldom(draw, 16) else SETTINGS
+    names = draw(st.lists(st.sampled_from(sorted(known)), max_size=4, unique=True))
+    return {name: draw(known[name]) for name in names}
+
+
+BYTES = st.integers(32, 126)
+NO_PROMPT = st.lists(st.sampled_from([65, MASK, VOCAB, 10**6, -1]), max_size=4)
+
+
+@st.composite
+def prompts(draw):
+    """Text, text to fill in, any tokens, or what is no prompt."""
+    if seldom(draw, 12):
+        return draw(NO_PROMPT)
+    token = draw(st.sampled_from([BYTES, BYTES | st.just(MASK), st.integers(0, VOCAB - 1)]))
+    return draw(st.lists(token, min_size=1, max_size=CONTEXT + 2 if seldom(draw, 6) else 20))
+
+
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    prompt=prompts(),
+    extra_args=fields(),
+    chosen=settings_of_vllm(),
+)
+def test_any_request_is_refused_or_served_and_harms_nobody(
+    llm, control, prompt, extra_args, chosen
+):
+    try:
+        params = SamplingParams(**({"temperature": 1.0} | chosen), extra_args=extra_args)
+    except (*REFUSALS, OverflowError):
+        ENDS["refused by vLLM's SamplingParams"] += 1
+        return
+    outputs = run(llm, [([65, 58, 49], CONTROL), (prompt, params)])
+    assert outputs[0].outputs[0].token_ids == control
+    if isinstance(outputs[1], Exception):
+        assert str(outputs[1])
+        ENDS["refused"] += 1
+        return
+    (completion,) = outputs[1].outputs
+    assert completion.finish_reason in ("stop", "length", "error")
+    ENDS[completion.finish_reason] += 1
+    if completion.finish_reason == "error":  # only what cannot be known before
+        assert "expected a token that may be written, found none" in completion.stop_reason
+    else:
+        assert MASK not in completion.token_ids

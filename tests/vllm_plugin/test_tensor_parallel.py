@@ -1,0 +1,70 @@
+"""Two ranks give the tokens of one: forward, active-row backward and partial passes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FIELDS = [
+    {"policy": "confidence"},
+    {"policy": "boe"},
+    {"policy": "boe", "surrogate": "mask"},
+    {"policy": "boe", "surrogate": "inject"},
+    {"policy": "boe", "surrogate": "inject", "context": "exact"},
+    {"policy": "boe", "preset": "joint"},
+    {"policy": "boe", "preset": "pairwise", "coupling": "exact"},
+    {"policy": "boe", "preset": "pairwise", "coupling": "attention"},
+    {"policy": "boe", "cache": "dual"},
+]
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+import boe_vllm
+from boe_vllm.lab.tasks import get_task
+
+def main():
+    size, fields = int(sys.argv[1]), json.loads(sys.argv[2])
+    llm = LLM(boe_vllm.tiny_model_path(), sampler="boe", tensor_parallel_size=size, seed=0)
+    task = get_task("sudoku6")
+    prompts, settings = [], []
+    for n, own in enumerate(fields):
+        for temperature in (0.0, 1.0):
+            prompts.append(task.items(1, seed=n, split="test")[0].prompt)
+            extra = {"block_length": 18, "tokens_per_step": 3} | own
+            settings.append(SamplingParams(temperature=temperature, seed=n, max_tokens=36,
+                                           ignore_eos=True, extra_args=extra))
+    outputs = llm.generate(prompts, settings, use_tqdm=False)
+    print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def tokens_with(size: int, tmp_path) -> list[list[int]]:
+    script = tmp_path / "generate.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(size))),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(size), json.dumps(FIELDS)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, one per rank")
+def test_two_ranks_give_the_tokens_of_one(tmp_path):
+    one, two = tokens_with(1, tmp_path), tokens_with(2, tmp_path)
+    for fields, a, b in zip([f for f in FIELDS for _ in range(2)], one, two, strict=True):
+        assert a == b, fields
