@@ -11,7 +11,7 @@ import numpy as np
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.views import view_of
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
-from boe_vllm.request.resolved import RequestParams
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.queries import Lookahead, Prospect
 
@@ -97,7 +97,7 @@ class Driven:
         self.toy = toy
         self.canvas = Canvas(
             prompt,
-            RequestParams(config=config, plan=plan, temperature=0.0, seed=seed),
+            ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=seed),
             mask_token_id=MASK,
             eos_token_id=VOCAB - 2,
             vocab_size=VOCAB,

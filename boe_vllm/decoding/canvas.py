@@ -32,7 +32,7 @@ from boe_vllm.policies import Policy, load_policy
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.config import SamplerConfig
-from boe_vllm.request.resolved import RequestParams
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.constraints import Constraint
@@ -47,7 +47,7 @@ class Canvas(Blocks):
     def __init__(
         self,
         prompt: list[int],
-        params: RequestParams,
+        params: ResolvedRequest,
         *,
         mask_token_id: int,
         eos_token_id: int,

@@ -15,7 +15,7 @@ import torch
 
 from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.accounting import TokenLikelihood, TokenLogprobs
-from boe_vllm.decoding.canvas import Canvas, RequestParams
+from boe_vllm.decoding.canvas import Canvas, ResolvedRequest
 from boe_vllm.decoding.counters import COSTS, PREFIX, Counters
 from boe_vllm.decoding.policy_step import Errors, decide, reading, views_of
 from boe_vllm.models.cache import CachedRows, CachePlan, KeyValuePool
@@ -94,7 +94,7 @@ class DenoisingLoop:
         self.canvases: dict[str, Canvas] = {}
         self.clock, self.counters = Clock(), Counters()
 
-    def add(self, request_id: str, prompt: list[int], params: RequestParams) -> None:
+    def add(self, request_id: str, prompt: list[int], params: ResolvedRequest) -> None:
         """Open a canvas for a request."""
         self.canvases[request_id] = Canvas(
             prompt,

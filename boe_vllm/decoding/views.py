@@ -31,9 +31,10 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
     rows = slice(rows.start, rows.start + len(positions))
     proposal = statistics.proposal[rows]
     confidence = statistics.confidence[rows]
-    if canvas.config.frame.confidence_eos_eot_inf:
-        late = np.isin(proposal, canvas.late_tokens)
-        confidence = np.where(late, -np.inf, confidence)
+    late = (
+        canvas.late_tokens if canvas.config.frame.confidence_eos_eot_inf else canvas.late_tokens[:0]
+    )
+    confidence = np.where(np.isin(proposal, late), -np.inf, confidence)
     return View(
         positions=positions,
         proposal=proposal,
@@ -52,5 +53,6 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         temperature=canvas.params.temperature,
         written=written,
         revision=revision,
+        late_tokens=late,
         memory=canvas.memory,
     )

@@ -88,6 +88,9 @@ class View:
     """[W] absolute positions of the current block that earlier steps wrote, ascending."""
     revision: Revision | None = None
     """What would be written there now, if the policy needs it."""
+    late_tokens: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """Tokens that may only be committed last (EOS and EoT under `confidence_eos_eot_inf`); empty
+    where the request does not ask for it. Holds in every round of a step: see `committable`."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The policy's own notes on this request; kept across its steps."""
 
@@ -95,6 +98,10 @@ class View:
     def block_masks(self) -> int:
         """Masked positions of the current block at its start."""
         return len(self.positions) + len(self.written)
+
+    def committable(self, proposal: IntArray, confidence: FloatArray) -> FloatArray:
+        """The confidences, with -inf where the proposal may only be committed last."""
+        return np.where(np.isin(proposal, self.late_tokens), -np.inf, confidence)
 
     def uniforms(self, stream: int) -> FloatArray:
         """[M] random numbers in (0, 1): a function of the request's seed, the step and position."""

@@ -9,7 +9,7 @@ from boe_vllm.sampling.canvas_constraints import TokenConstraints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RequestParams:
+class ResolvedRequest:
     """What a request asked for, resolved and validated."""
 
     config: SamplerConfig

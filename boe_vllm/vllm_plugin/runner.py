@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
-from boe_vllm.decoding.canvas import RequestParams, TokenLogprobs
+from boe_vllm.decoding.canvas import ResolvedRequest, TokenLogprobs
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.request.limits import EngineSettings
 from boe_vllm.vllm_plugin.admission import plan_request, server_config
@@ -175,10 +175,10 @@ class DiffusionModelRunner:
         params = self._request_params(prompt, request.sampling_params)
         self.loop.add(request.req_id, prompt, params)
 
-    def _request_params(self, prompt: Sequence[int], params: SamplingParams) -> RequestParams:
+    def _request_params(self, prompt: Sequence[int], params: SamplingParams) -> ResolvedRequest:
         config, plan = plan_request(len(prompt), params, self.vllm_config)
         count = params.logprobs
-        return RequestParams(
+        return ResolvedRequest(
             config=config,
             plan=plan,
             temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import random_weights, small_config
 
-from boe_vllm.decoding.canvas import Canvas, RequestParams
+from boe_vllm.decoding.canvas import Canvas, ResolvedRequest
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.standalone import build
 from boe_vllm.policies import POLICY_NAMES
@@ -59,7 +59,7 @@ def params_of(fields, *, prompt_len=4, max_tokens=16, temperature=0.0, seed=0, *
     own = {name: value for name, value in fields.items() if name not in server}
     config = parse_sampler_config(own, base=parse_sampler_config(server))
     plan = plan_canvas(config, prompt_len=prompt_len, max_tokens=max_tokens, max_model_len=128)
-    return RequestParams(config=config, plan=plan, temperature=temperature, seed=seed, **changes)
+    return ResolvedRequest(config=config, plan=plan, temperature=temperature, seed=seed, **changes)
 
 
 def finish(loop, ids=None):

@@ -13,7 +13,7 @@ from oracle import Dense, random_weights, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boe_vllm.decoding.canvas import RequestParams
+from boe_vllm.decoding.canvas import ResolvedRequest
 from boe_vllm.lab.bench import baseline, common, main, steering
 from boe_vllm.lab.bench.agreement import Commits, from_trace, is_tie
 from boe_vllm.lab.bench.baseline import PlainLLaDA
@@ -175,7 +175,7 @@ def decode_with_the_loop(model, prompts, fields, max_tokens):
     config = parse_sampler_config(fields)
     for n, prompt in enumerate(prompts):
         plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=max_tokens, max_model_len=128)
-        params = RequestParams(config=config, plan=plan, temperature=0.0, seed=n)
+        params = ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=n)
         loop.add(str(n), prompt, params)
     tokens, traces = {name: [] for name in loop.canvases}, {}
     while loop.canvases:

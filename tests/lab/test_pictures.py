@@ -32,7 +32,7 @@ from boe_vllm.models.rows import SequenceRows
 from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
-from boe_vllm.request.resolved import RequestParams
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.steering.queries import TokenImportance
 
 F64 = torch.float64
@@ -96,7 +96,7 @@ def test_a_recorded_decode_is_the_loops_own(denoiser, label, fields):
     prompt = denoiser.encode(request.prompt)
     plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=16, max_model_len=200)
     loop = denoiser.open_loop(200)
-    params = RequestParams(config=config, plan=plan, temperature=0.0, seed=request.draws)
+    params = ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=request.draws)
     loop.add("x", prompt, params)
     own = loop.canvases["x"]
     while not made.done:
@@ -171,7 +171,7 @@ def small_loop(masked):
     )
     config_ = parse_sampler_config({"policy": "confidence", "block_length": masked})
     plan = plan_canvas(config_, prompt_len=6, max_tokens=masked, max_model_len=64)
-    params = RequestParams(config=config_, plan=plan, temperature=0.0, seed=0)
+    params = ResolvedRequest(config=config_, plan=plan, temperature=0.0, seed=0)
     loop.add("x", [3, 1, 4, 1, 5, 9], params)
     loop.step(["x"])
     return loop, Dense(config, weights)

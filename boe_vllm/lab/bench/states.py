@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
-from boe_vllm.decoding.canvas import RequestParams
+from boe_vllm.decoding.canvas import ResolvedRequest
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
 from boe_vllm.models.decoder import LLaDAForDiffusion
@@ -103,7 +103,7 @@ def open_request(
     """
     length = len(prompt) + canvas
     plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=canvas, max_model_len=length)
-    params = RequestParams(config=config, plan=plan, temperature=0.0, seed=number)
+    params = ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=number)
     loop.add(str(number), prompt, params)
 
 

@@ -22,7 +22,7 @@ from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.request.resolved import RequestParams
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
 
 REQUEST = "0"
@@ -145,7 +145,7 @@ class Recorder:
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
             prompt,
-            RequestParams(
+            ResolvedRequest(
                 config=config,
                 plan=plan,
                 temperature=request.temperature,
