@@ -126,36 +126,18 @@ class Recorder:
         """
         config = parse_sampler_config(fields, base=base or SamplerConfig())
         prompt = denoiser.encode(request.prompt)
-        own = denoiser.config
-        assert own.mask_token_id is not None and own.eos_token_id is not None
-        if own.mask_token_id in prompt:
-            raise ValueError(
-                "--prompt: expected text without the mask token, got one; leave it out"
-            )
-        plan = plan_canvas(
-            config,
-            prompt_len=len(prompt),
-            max_tokens=request.gen_length,
-            max_model_len=own.max_sequence_length,
-        )
         self.denoiser, self.request, self.label = denoiser, request, label
         self.steps: list[Step] = []
         self._surrogate = surrogate
-        rows = (len(prompt) + plan.gen_length) * (config.frame.cache != "none")
+        resolved = _resolve(denoiser, request, prompt, config, top)
+        rows = (len(prompt) + resolved.plan.gen_length) * (config.frame.cache != "none")
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
             prompt,
-            ResolvedRequest(
-                config=config,
-                plan=plan,
-                temperature=request.temperature,
-                seed=request.draws,
-                logprobs=True,
-                top_logprobs=min(top, own.vocab_size),
-            ),
-            mask_token_id=own.mask_token_id,
-            eos_token_id=own.eos_token_id,
-            vocab_size=own.vocab_size,
+            resolved,
+            mask_token_id=self.loop.mask_token_id,
+            eos_token_id=self.loop.eos_token_id,
+            vocab_size=denoiser.config.vocab_size,
             late_tokens=self.loop.late_tokens,
             pool=self.loop.pool,
         )
@@ -219,6 +201,29 @@ class Recorder:
         for stop in self._stops():
             text = text.split(stop, 1)[0]
         return text
+
+
+def _resolve(
+    denoiser: Denoiser, request: Request, prompt: list[int], config: SamplerConfig, top: int
+) -> ResolvedRequest:
+    """The request as the engine would resolve it, with the statistics that are noted."""
+    own = denoiser.config
+    if own.mask_token_id in prompt:
+        raise ValueError("--prompt: expected text without the mask token, got one; leave it out")
+    plan = plan_canvas(
+        config,
+        prompt_len=len(prompt),
+        max_tokens=request.gen_length,
+        max_model_len=own.max_sequence_length,
+    )
+    return ResolvedRequest(
+        config=config,
+        plan=plan,
+        temperature=request.temperature,
+        seed=request.draws,
+        logprobs=True,
+        top_logprobs=min(top, own.vocab_size),
+    )
 
 
 def recording(request: Request, recorders: Iterable[Recorder]) -> Recording:
