@@ -21,8 +21,7 @@ from boe_vllm.lab.pictures.trajectory import Recording, Step, Trajectory
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.sampling.statistics import RowStatistics
 
 REQUEST = "0"
@@ -129,7 +128,18 @@ class Recorder:
         self.denoiser, self.request, self.label = denoiser, request, label
         self.steps: list[Step] = []
         self._surrogate = surrogate
-        resolved = _resolve(denoiser, request, prompt, config, top)
+        if denoiser.config.mask_token_id in prompt:
+            raise ValueError(
+                "--prompt: expected text without the mask token, got one; leave it out"
+            )
+        resolved = denoiser.resolve(
+            config,
+            prompt_len=len(prompt),
+            max_tokens=request.gen_length,
+            temperature=request.temperature,
+            seed=request.draws,
+            top_logprobs=top,
+        )
         rows = (len(prompt) + resolved.plan.gen_length) * (config.frame.cache != "none")
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
@@ -201,29 +211,6 @@ class Recorder:
         for stop in self._stops():
             text = text.split(stop, 1)[0]
         return text
-
-
-def _resolve(
-    denoiser: Denoiser, request: Request, prompt: list[int], config: SamplerConfig, top: int
-) -> ResolvedRequest:
-    """The request as the engine would resolve it, with the statistics that are noted."""
-    own = denoiser.config
-    if own.mask_token_id in prompt:
-        raise ValueError("--prompt: expected text without the mask token, got one; leave it out")
-    plan = plan_canvas(
-        config,
-        prompt_len=len(prompt),
-        max_tokens=request.gen_length,
-        max_model_len=own.max_sequence_length,
-    )
-    return ResolvedRequest(
-        config=config,
-        plan=plan,
-        temperature=request.temperature,
-        seed=request.draws,
-        logprobs=True,
-        top_logprobs=min(top, own.vocab_size),
-    )
 
 
 def recording(request: Request, recorders: Iterable[Recorder]) -> Recording:
