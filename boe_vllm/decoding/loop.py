@@ -19,7 +19,7 @@ from boe_vllm.decoding.canvas import Canvas, ResolvedRequest
 from boe_vllm.decoding.counters import COSTS, PREFIX, Counters
 from boe_vllm.decoding.policy_step import Errors, decide, reading, views_of
 from boe_vllm.models.cache import CachedRows, CachePlan, KeyValuePool
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.functional import Scratch
 from boe_vllm.models.rows import SequenceRows, pack
 from boe_vllm.policies.base import Commit, View
@@ -57,7 +57,7 @@ class DenoisingLoop:
 
     def __init__(
         self,
-        model: LLaDAForDiffusion,
+        model: Decoder,
         *,
         mask_token_id: int,
         eos_token_id: int,

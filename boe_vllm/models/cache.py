@@ -4,7 +4,7 @@ A block's first step computes every row and stores the keys and values of the ro
 later steps leave alone: with "prefix" those before the block, with "dual" those after it too. It is
 an approximation: the stored rows do not see what the block commits until the next refresh.
 
-Legend: `T` packed live rows, `S` rows of keys and values, `G` key heads, `P` size of a head.
+Legend: `T` packed live rows, `S` packed rows of keys and values, `G` key heads, `P` head size.
 """
 
 from __future__ import annotations

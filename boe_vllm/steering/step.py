@@ -11,7 +11,7 @@ import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.clock import Clock
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.rows import RowLayout, SequenceRows
 from boe_vllm.models.saved import KeyValueContext, SavedPass
 from boe_vllm.sampling.statistics import LogProbabilities
@@ -48,7 +48,7 @@ class DenoisingPass:
     no rows here.
     """
 
-    model: LLaDAForDiffusion
+    model: Decoder
     sequences: tuple[SequenceRows, ...]
     layout: RowLayout
     log_probs: LogProbabilities
