@@ -105,4 +105,4 @@ print(len(model.blocks), next(model.parameters()).dtype)
     done = subprocess.run(
         command, check=True, cwd=root, timeout=120, capture_output=True, text=True
     )
-    assert done.stdout.split() == [b"8", b"torch.float32"]
+    assert done.stdout.split() == ["8", "torch.float32"]
