@@ -19,6 +19,7 @@ from test_importance import oracle
 
 from boe_vllm import cli
 from boe_vllm.decoding.accounting import Account
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.eval import tables
 from boe_vllm.lab.pictures import bars, curves, figure, packages, plot, results, timeline, watch
@@ -28,8 +29,8 @@ from boe_vllm.lab.pictures.recorder import Recorder, Request, recording
 from boe_vllm.lab.pictures.terminal import Scene, plain
 from boe_vllm.lab.pictures.trajectory import FORMAT, read
 from boe_vllm.lab.tasks import TASKS
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
-from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -160,13 +161,11 @@ def test_a_request_ends_at_eos_and_at_a_stop_string_as_the_engine_ends_it(denois
 def small_loop(masked):
     config = small_config()
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     loop = DenoisingLoop(
         model,
-        mask_token_id=28,
-        eos_token_id=27,
-        late_tokens=frozenset(),
+        special=SpecialTokens(mask=28, eos=27),
         device=torch.device("cpu"),
     )
     config_ = parse_sampler_config({"policy": "confidence", "block_length": masked})
@@ -228,7 +227,7 @@ def prediction(made, writes):
     state.account = Account()
     for position, token in writes.items():
         state.tokens[position], state.masked[position] = token, False
-    return made.loop.predict([state])[1]
+    return made.loop.predict([state])[2]
 
 
 def test_influence_at_the_attention_outputs_is_nearest_to_what_writing_does(denoiser):

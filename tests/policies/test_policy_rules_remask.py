@@ -13,8 +13,8 @@ from test_loop import EOS, finish, make_loop, params_of
 from test_loop import MASK as MODEL_MASK
 from toy import MASK, Driven, Toy, steps_by, without_repeats
 
-from boe_vllm.decoding.views import view_of
-from boe_vllm.models.standalone import build
+from boe_vllm.decoding.policy_step import view_of
+from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
 from boe_vllm.request.config import parse_sampler_config
@@ -95,7 +95,7 @@ def test_the_policy_does_what_the_transcription_does(fields, rule, settings):
 @pytest.fixture(scope="module")
 def networks():
     config, weights = small_config(), random_weights(small_config(), dtype=torch.float64)
-    model = build(config, dtype=torch.float64)
+    model = random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 
@@ -409,7 +409,7 @@ def test_errors_name_the_field(fields, message):
 def test_remasking_policies_stream_over_the_loop(networks):
     model, _ = networks
     fields = {"policy": "remdm-llada", "block_length": 8, "remask_number": 2}
-    loop = make_loop(model, late_tokens=frozenset({EOS}))
+    loop = make_loop(model, late=frozenset({EOS}))
     loop.add("x", [1, 2], params_of(fields, prompt_len=2, max_tokens=16, temperature=1.0, seed=1))
     canvas = loop.canvases["x"]
     tokens, _ = finish(loop)
