@@ -11,7 +11,6 @@ Legend: `L` positions of prompt and canvas, `M` masked positions that may be wri
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,31 +122,22 @@ class Canvas(Blocks):
 
     # ---- a step --------------------------------------------------------------------------------
 
-    def uniforms(self, positions: IntArray, ahead: int = 0) -> np.ndarray:
-        """[M] the random numbers behind the proposals of this step or of one `ahead` of it."""
+    def uniforms(self, positions: IntArray) -> np.ndarray:
+        """[M] the random numbers behind the proposals of this step."""
         return randomness.uniforms(
             self.params.seed,
-            step=self.account.denoising_steps + ahead,
+            step=self.account.denoising_steps,
             positions=positions,
             stream=randomness.WRITE,
         )
 
-    def rules(self, positions: IntArray) -> list[Constraint] | None:
-        """[M] what may be written at some masked positions now; None if all may be everywhere."""
-        if not self.constraints.any:
-            return None
-        return self.constraints.rules(self.tokens, self.masked, positions)
-
-    def next_step(self, rules: Callable[[IntArray], IntArray]) -> NextStep:
-        """How the step after the coming one would be computed, if it stays in this block.
-
-        Args:
-            rules: numbers of the rules at given positions.
-        """
+    def next_step(self) -> NextStep:
+        """How the step after the coming one would be computed, if it stays in this block."""
         return NextStep(
             temperature=self.params.temperature,
-            uniforms=functools.partial(self.uniforms, ahead=1),
-            rules=rules,
+            seed=self.params.seed,
+            step=self.account.denoising_steps + 1,
+            constraints=self.constraints,
             top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
             cache=self.cache_plan(ahead=1),
         )

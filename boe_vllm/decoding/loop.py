@@ -176,7 +176,7 @@ class DenoisingLoop:
             constraint_R=np.concatenate(
                 [np.empty(0, np.int64)]
                 + [
-                    table.numbers(c.rules, s.wanted_positions)
+                    table.numbers(c.constraints.at(c.tokens, c.masked, s.wanted_positions))
                     for c, s in zip(fresh, sequences, strict=False)
                 ]
             ),
@@ -210,14 +210,12 @@ class DenoisingLoop:
             layout=layout,
             log_probs=log_probs,
             saved=saved,
-            next_steps=tuple(
-                canvas.next_step(functools.partial(table.numbers, canvas.rules))
-                for canvas in canvases
-            ),
+            next_steps=tuple(canvas.next_step() for canvas in canvases),
             device_memory=tuple(canvas.device_memory for canvas in canvases),
             guides=guides,
             unconditional=unconditional,
-            open_cache=functools.partial(CachedRows, self.pool),
+            pool=self.pool,
+            table=table,
             row_budget=self.row_budget,
             clock=self.clock,
         )

@@ -15,9 +15,7 @@ from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.views import view_of
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.sampling.statistics import RowStatistics
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Query
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +68,11 @@ def decide(
             commits[n] = finishing(Commit(chosen=np.empty(0, np.int64)), view)
             continue
         try:
-            steps[n] = canvases[n].policy.step(view)
+            step = canvases[n].policy.step(view)
+            if isinstance(step, Commit):
+                commits[n] = step
+            else:
+                steps[n] = step
         except Exception as error:
             errors.blame(n, canvases[n], error)
     replies: dict[int, Any] = dict.fromkeys(steps)
@@ -84,7 +86,7 @@ def decide(
             except Exception as error:
                 errors.blame(n, canvases[n], error)
         replies = {}
-        with current.clock.part("surrogate"):
+        with current.clock.part("queries"):
             answers = _answers(canvases, current, queries, errors)
         for n, given in answers.items():
             account = canvases[n].account
@@ -107,13 +109,13 @@ def _answers(
 ) -> dict[int, QueryResult]:
     """All queries in shared passes; if one breaks them, each on its own, so that it is found."""
     try:
-        return answer(current, queries)
+        return solve_together(current, queries)
     except Exception:
         logger.exception("queries of %d requests failed together", len(queries))
     answers: dict[int, QueryResult] = {}
     for n, query in queries.items():
         try:
-            answers |= answer(current, {n: query})
+            answers |= solve_together(current, {n: query})
         except Exception as error:
             errors.blame(n, canvases[n], error)
     return answers

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -80,8 +80,21 @@ class CanvasConstraints:
         """Whether a write changes the rules of other positions."""
         return bool(self.bad_words)
 
-    def rules(self, tokens: IntArray, masked: BoolArray, positions: IntArray) -> list[Constraint]:
-        """[M] the rule of each of some masked positions."""
+    def at(
+        self, tokens: IntArray, masked: BoolArray, positions: IntArray
+    ) -> list[Constraint | None]:
+        """[M] what may be written at each of some masked positions; None for everything.
+
+        Args:
+            tokens: [L] token ids, those of the canvas or of a state that is supposed.
+            masked: [L] which of them are masked.
+            positions: [M] of them.
+        """
+        if not self.any:
+            return [None] * len(positions)
+        return list(self._rules(tokens, masked, positions))
+
+    def _rules(self, tokens: IntArray, masked: BoolArray, positions: IntArray) -> list[Constraint]:
         completing = self._completing(tokens, masked)
         rules = []
         for position in positions.tolist():
@@ -100,7 +113,7 @@ class CanvasConstraints:
         Raises:
             ValueError: for a write that the rules forbid, which happens where they permit none.
         """
-        rules = self.rules(tokens, masked, positions)
+        rules = self._rules(tokens, masked, positions)
         for position, token, rule in zip(positions, writes, rules, strict=True):
             if not rule.permits(int(token)):
                 raise ValueError(
@@ -141,14 +154,9 @@ class ConstraintTable:
         self.rules: list[Constraint] = []
         self._numbers: dict[int, int] = {}
 
-    def numbers(
-        self, rules_of: Callable[[IntArray], list[Constraint] | None], positions: IntArray
-    ) -> IntArray:
-        """[M] the numbers of one request's rules at some positions."""
-        rules = rules_of(positions)
-        if rules is None:
-            return np.zeros(len(positions), np.int64)
-        return np.array([self._number(rule) for rule in rules], np.int64)
+    def numbers(self, constraints: Sequence[Constraint | None]) -> IntArray:
+        """[M] the number of each constraint."""
+        return np.array([0 if c is None else self._number(c) for c in constraints], np.int64)
 
     def _number(self, rule: Constraint) -> int:
         if id(rule) not in self._numbers:

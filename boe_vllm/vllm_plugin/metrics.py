@@ -28,7 +28,7 @@ COUNTERS = {
 }
 BY_LABEL = {
     "denoising_steps": ("policy", "Denoising steps of single requests."),
-    "seconds": ("part", "Time of engine steps, by part: forward, surrogate, backward, policy."),
+    "seconds": ("part", "Time of engine steps, by part: forward, queries, backward, policy."),
 }
 GAUGES = {
     "cache_rows": "Rows of keys and values that requests with a cache may hold.",

@@ -14,7 +14,7 @@ from boe_vllm.models.standalone import build
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 MASK, EOS = 28, 27
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"
@@ -421,5 +421,5 @@ def test_the_tally_adds_up_to_the_reports(model):
     assert sum(per_step.values()) == steps
     assert sum(k * v for k, v in per_step.items()) == counters["boe/committed_tokens"]
     parts = {k.rsplit("/")[-1] for k in counters if k.startswith("boe/seconds/")}
-    assert parts == {"forward", "surrogate", "backward", "policy"}
+    assert parts == {"forward", "queries", "backward", "policy"}
     assert not [key for key in loop.read_counters() if "cache" not in key]

@@ -33,7 +33,7 @@ from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 F64 = torch.float64
 LABELS = ("confidence", "boe", "boe:preset=paper", "p2:eta=3", "info-gain")

@@ -88,7 +88,7 @@ def test_a_bad_word_forbids_the_token_that_would_complete_it():
     table = CanvasConstraints(TokenConstraints(bad_words=((5, 6, 7),)), prompt_len=0)
     tokens = np.array([MASK, 6, 7, MASK, 5, MASK, 7, MASK])
     masked = tokens == MASK
-    rules = table.rules(tokens, masked, np.flatnonzero(masked))
+    rules = table.at(tokens, masked, np.flatnonzero(masked))
     assert [rule.banned.tolist() for rule in rules] == [[5], [], [6], []]
     # Together, two writes of one step would make the word: the second does not stand.
     blank = np.full(3, MASK)
