@@ -14,7 +14,7 @@ from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
-from boe_vllm.steering.queries import Lookahead, Prospect
+from boe_vllm.steering.lookahead import Lookahead, Prospect
 
 VOCAB, MASK = 9, 8
 PATTERNS = [

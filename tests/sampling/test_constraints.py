@@ -16,8 +16,8 @@ VOCAB = 29
 POLICIES = sorted(POLICY_NAMES)
 
 
-def run(  # noqa: F811
-    model,
+def run(
+    model,  # noqa: F811
     fields,
     constraints,
     *,
