@@ -117,7 +117,7 @@ def must_divide(name: str, value: int, by_name: str, by: int) -> None:
         )
 
 
-def due(schedule: Schedule, *, masks: int, steps: int, step: int, written: int) -> int:
+def tokens_due(schedule: Schedule, *, masks: int, steps: int, step: int, written: int) -> int:
     """Tokens due in a step, at least one.
 
     "linear" (ML-GSAI/LLaDA `get_num_transfer_tokens`): `masks // steps`, and one more in each of
@@ -137,7 +137,7 @@ def due(schedule: Schedule, *, masks: int, steps: int, step: int, written: int) 
 
 
 @functools.lru_cache(maxsize=256)
-def most_due(schedule: Schedule, *, masks: int, steps: int) -> int:
+def most_tokens_due(schedule: Schedule, *, masks: int, steps: int) -> int:
     """Tokens due in that step of a block in which most are, if every step writes what is due."""
     if schedule == "linear":
         return -(-masks // steps)

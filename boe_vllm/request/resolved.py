@@ -18,8 +18,7 @@ from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.config import CHOICES, FrameConfig, SamplerConfig, ServerConfig
 from boe_vllm.request.given_text import GivenText
 from boe_vllm.request.plan import CanvasPlan
-from boe_vllm.sampling.canvas_constraints import TokenConstraints
-from boe_vllm.sampling.constraints import Constraint
+from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +59,14 @@ class ResolvedRequest:
         answers = self.config.given_text.answers()
         if answers is not None:
             # The filters of the request's samples restrict the draw among the answers.
-            return ChoicesPolicy(answers, eos_token_id, self.constraints.rule)
+            return ChoicesPolicy(answers, eos_token_id, self.constraints.everywhere)
         return load_policy(self.config.policy)(self.config.settings)
 
     def to_wire(self) -> dict[str, Any]:
         """The same as values that JSON and MessagePack know."""
         wire = {name: getattr(self, name) for name in _PLAIN}
         wire["policy"] = self.config.policy
-        for name in _CONFIGS:
+        for name in (*_CONFIGS, "settings"):
             wire[name] = dataclasses.asdict(getattr(self.config, name))
         wire["plan"] = dataclasses.asdict(self.plan)
         wire["constraints"] = _to_plain(dataclasses.asdict(self.constraints))
@@ -88,3 +87,37 @@ class ResolvedRequest:
             constraints=_constraints(wire["constraints"]),
             **{name: wire[name] for name in _PLAIN},
         )
+
+
+_CONFIGS = {"frame": FrameConfig, "server": ServerConfig, "given_text": GivenText}
+_NOT_PLAIN = ("config", "plan", "constraints")
+_PLAIN = [
+    field.name
+    for field in dataclasses.fields(ResolvedRequest)
+    if field.name not in _NOT_PLAIN
+]
+
+
+def _settings_class(policy: str) -> type[PolicyConfig]:
+    return PolicyConfig if policy == CHOICES else load_policy(policy).Config
+
+
+def _to_plain(value: Any) -> Any:
+    """Arrays as lists, at any depth of a dictionary."""
+    if isinstance(value, dict):
+        return {key: _to_plain(part) for key, part in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _constraints(wire: Mapping[str, Any]) -> TokenConstraints:
+    everywhere = dict(wire["everywhere"])
+    for name in ("allowed_token_ids", "banned_token_ids", "biased_token_ids"):
+        if everywhere[name] is not None:
+            everywhere[name] = np.array(everywhere[name], np.int64)
+    everywhere["logit_bias"] = np.array(everywhere["logit_bias"], np.float64)
+    return TokenConstraints(
+        everywhere=Constraint(**everywhere),
+        min_tokens=wire["min_tokens"],
+        stop_token_ids=tuple(wire["stop_token_ids"]),
+        bad_words=tuple(tuple(word) for word in wire["bad_words"]),
+    )

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.limits import EngineSettings
 
 BAD = [
