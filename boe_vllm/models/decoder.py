@@ -289,7 +289,7 @@ class LLaDAForDiffusion(nn.Module):
         """Not used: the diffusion runner calls `run` with a `RowLayout`."""
         raise NotImplementedError(
             "LLaDAForDiffusion runs through boe_vllm's diffusion runner; expected worker_cls "
-            "boe_vllm.vllm_plugin.worker.*, got vLLM's own; check that the plugin's config hook ran"
+            "boe_vllm.vllm_plugin.*_worker, got vLLM's own; check that the plugin's config hook ran"
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

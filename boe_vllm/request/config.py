@@ -142,7 +142,8 @@ def parse_sampler_config(
     policy = fields.pop("policy", base.policy)
     if not isinstance(policy, str) or policy not in POLICY_NAMES:
         raise ValueError(
-            f"policy: expected one of {sorted(POLICY_NAMES)}, got {shown(policy)}; choose one of them"
+            f"policy: expected one of {sorted(POLICY_NAMES)}, got {shown(policy)}; choose one of "
+            f"them"
         )
     settings_class = load_policy(policy).Config
     frame_names, own_names = options.names(FrameConfig), options.names(settings_class)
@@ -185,8 +186,8 @@ def _for_choices(
     for name in fields:
         if name not in kept:
             raise ValueError(
-                f"choices: expected only {sorted(kept)} beside it, got {name}={shown(fields[name])}; "
-                f"remove {name!r}"
+                f"choices: expected only {sorted(kept)} beside it, got "
+                f"{name}={shown(fields[name])}; remove {name!r}"
             )
     return SamplerConfig(
         policy=CHOICES,
@@ -199,7 +200,9 @@ def _for_choices(
 
 def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
     name, value = next(iter(fields.items()))
-    return ValueError(f"{name}: expected {where} only, got {shown(value)} in {found}; remove it there")
+    return ValueError(
+        f"{name}: expected {where} only, got {shown(value)} in {found}; remove it there"
+    )
 
 
 def read_json(name: str, value: Any) -> Any:

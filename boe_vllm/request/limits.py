@@ -7,12 +7,15 @@ the machine. vLLM's own limits hold beside them (`max_model_len`, `max_num_batch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from boe_vllm.base import options
+from boe_vllm.base.options import shown
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -89,3 +92,36 @@ _LIMITS = {
     ),
     "trace": ("max_trace_length", "tokens of canvas with a trace", "remove it or lower gen_length"),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """What the server says about all requests."""
+
+    config: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    """Defaults of the requests' fields."""
+    limits: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+
+    @classmethod
+    def read(cls, additional_config: Mapping[str, Any]) -> ServerSettings:
+        """The defaults in `sampler` and `sampler_config`, and our settings beside them.
+
+        Raises:
+            ValueError: naming the field, what was expected and what came.
+        """
+        limits = EngineSettings.read(additional_config)
+        sampler = additional_config.get("sampler")
+        fields = additional_config.get("sampler_config")
+        fields = {} if fields is None else fields
+        if not isinstance(fields, Mapping):
+            raise ValueError(
+                f"sampler_config: expected a mapping such as {{'rho': 0.25}}, got {shown(fields)}"
+            )
+        if sampler is not None:
+            if fields.get("policy", sampler) != sampler:
+                raise ValueError(
+                    f"sampler: expected the policy of sampler_config ({fields['policy']!r}), got "
+                    f"{sampler!r}; remove one of them"
+                )
+            fields = {**fields, "policy": sampler}
+        return cls(config=parse_sampler_config(fields), limits=limits)

@@ -16,7 +16,7 @@ import numpy as np
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.given_text import Encode
-from boe_vllm.request.limits import EngineSettings
+from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
@@ -45,15 +45,6 @@ class SamplingFields:
     """Each in tokens."""
     stop_token_ids: Collection[int] = ()
     """Every token that ends the request, the end of text included."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ServerSettings:
-    """What the server says about all requests."""
-
-    config: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
-    """Defaults of the requests' fields."""
-    limits: EngineSettings = dataclasses.field(default_factory=EngineSettings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

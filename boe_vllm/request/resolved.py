@@ -92,9 +92,7 @@ class ResolvedRequest:
 _CONFIGS = {"frame": FrameConfig, "server": ServerConfig, "given_text": GivenText}
 _NOT_PLAIN = ("config", "plan", "constraints")
 _PLAIN = [
-    field.name
-    for field in dataclasses.fields(ResolvedRequest)
-    if field.name not in _NOT_PLAIN
+    field.name for field in dataclasses.fields(ResolvedRequest) if field.name not in _NOT_PLAIN
 ]
 
 

@@ -18,10 +18,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from boe_vllm.base.options import shown
-from boe_vllm.request.config import VLLM_EXTRA_ARGS, SamplerConfig, parse_sampler_config
+from boe_vllm.request.config import VLLM_EXTRA_ARGS
 from boe_vllm.request.given_text import Encode
-from boe_vllm.request.limits import EngineSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, ServerSettings, resolve
+from boe_vllm.request.limits import ServerSettings
+from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.vllm_plugin.transport import check_transport, refusal
 
@@ -55,42 +55,14 @@ _INSTEAD = {
 # ---- the server --------------------------------------------------------------------------------
 
 
-def parse_server_config(additional_config: Mapping[str, Any]) -> SamplerConfig:
-    """The server's defaults from `additional_config`'s `sampler` and `sampler_config`.
-
-    Raises:
-        ValueError: naming the field, what was expected and what came.
-    """
-    sampler = additional_config.get("sampler")
-    fields = additional_config.get("sampler_config")
-    if fields is None:
-        fields = {}
-    if not isinstance(fields, Mapping):
-        raise ValueError(
-            f"sampler_config: expected a mapping such as {{'rho': 0.25}}, got {shown(fields)}"
-        )
-    if sampler is None:
-        return parse_sampler_config(fields)
-    if fields.get("policy", sampler) != sampler:
-        raise ValueError(
-            f"sampler: expected the policy of sampler_config ({fields['policy']!r}), "
-            f"got {sampler!r}; remove one of them"
-        )
-    return parse_sampler_config({**fields, "policy": sampler})
-
-
 def server_settings(vllm_config: VllmConfig) -> ServerSettings:
-    """What the config hook has left of the server's settings in `additional_config`."""
-    return _read_server_settings(json.dumps(vllm_config.additional_config))
+    """What the server says about all requests, from `additional_config`."""
+    return _read_server_settings(json.dumps(vllm_config.additional_config, default=str))
 
 
 @functools.lru_cache(maxsize=8)
 def _read_server_settings(text: str) -> ServerSettings:
-    additional_config = json.loads(text)
-    return ServerSettings(
-        config=parse_sampler_config(additional_config["sampler_config"]),
-        limits=EngineSettings.read(additional_config),
-    )
+    return ServerSettings.read(json.loads(text))
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
@@ -145,7 +117,9 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
     return own
 
 
-def _process_as_vllm_will(params: SamplingParams, prompt_len: int, processor: InputProcessor) -> None:
+def _process_as_vllm_will(
+    params: SamplingParams, prompt_len: int, processor: InputProcessor
+) -> None:
     """What vLLM's input processing does to params, which doing it twice does not change."""
     config = processor.vllm_config
     try:
