@@ -19,7 +19,7 @@ from boe_vllm.policies import POLICY_NAMES, PolicyConfig, frequencies, load_poli
 from boe_vllm.request.given_text import GivenText, split_given_text
 from boe_vllm.request.plan import Schedule, must_divide
 
-PositiveInt = Annotated[int, Field(ge=1, le=2**53)]  # beyond it JSON's numbers are not exact
+PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]  # on the way to the engine, 64 bits
 
 DEFAULT_POLICY = "confidence"
 CHOICES = "choices"  # what decodes a request that names its answers

@@ -15,9 +15,8 @@ from pydantic import Field
 
 from boe_vllm.base import options
 from boe_vllm.base.options import shown
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config
+from boe_vllm.request.config import PositiveInt, SamplerConfig, parse_sampler_config
 
-PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 BUDGET_MB = {"cpu": 256, "cuda": 2048}

@@ -101,9 +101,11 @@ def _settings_class(policy: str) -> type[PolicyConfig]:
 
 
 def _to_plain(value: Any) -> Any:
-    """Arrays as lists, at any depth of a dictionary."""
+    """Arrays and tuples as lists, at any depth."""
     if isinstance(value, dict):
         return {key: _to_plain(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return [_to_plain(part) for part in value]
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 

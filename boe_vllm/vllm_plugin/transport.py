@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
 _FAILURES = (ValueError, TypeError, OverflowError, RecursionError, VLLMValidationError)
-_PATH = re.compile(r"`\$(?:\[\d+\])?\.(\w+)")
+_PATH = re.compile(r"`\$(?:\[(\d+)\])?(?:\.(\w+))?")  # of what cannot be decoded
 _NAME = re.compile(r"(?:unknown field )?'?(\w+)")
 
 
@@ -52,7 +52,10 @@ def check_transport(sent: SamplingParams | EngineCoreRequest) -> None:
     try:
         MsgpackDecoder(type(sent)).decode(encoded)
     except _FAILURES as error:
-        raise refusal(error) from error
+        name = None
+        if found := _PATH.search(str(error)):
+            name = found[2] or type(sent).__struct_fields__[int(found[1] or 0)]
+        raise refusal(error, name) from error
 
 
 def _unsendable(sent: SamplingParams | EngineCoreRequest) -> str:
@@ -68,14 +71,16 @@ def _unsendable(sent: SamplingParams | EngineCoreRequest) -> str:
     return "request"
 
 
-def refusal(error: Exception) -> VLLMValidationError:
+def refusal(error: Exception, name: str | None = None) -> VLLMValidationError:
     """The error that the HTTP server answers with status 400, naming the field.
 
     Args:
-        error: its message begins with the name of the field, or holds the path of one.
+        error: what is wrong.
+        name: of the field; None if the message begins with it.
     """
     if isinstance(error, VLLMValidationError) and error.parameter is not None:
         return error
     text = str(error)
-    found = _PATH.search(text) or _NAME.match(text)
-    return VLLMValidationError(text, parameter=found[1] if found else None)
+    if name is None and (found := _NAME.match(text)):
+        name = found[1]
+    return VLLMValidationError(text, parameter=name)

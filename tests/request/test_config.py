@@ -101,6 +101,14 @@ def test_rounding_up_never_leaves_the_context():
     assert (got.gen_length, got.block_length) == (38, 32)
 
 
+def test_a_block_is_never_longer_than_the_canvas_asked_for():
+    for fields, max_tokens in (({"block_length": 10**18}, 16), ({"block_length": 32}, 20)):
+        got = plan(fields, max_tokens=max_tokens)
+        assert (got.gen_length, got.block_length) == (max_tokens, max_tokens)
+    with pytest.raises(ValueError, match="block_length: "):
+        plan({"block_length": 2**63})
+
+
 def test_steps_are_shared_out_over_blocks():
     got = plan({"gen_length": 32, "block_length": 8, "steps": 12})
     assert got.steps_per_block == 3
