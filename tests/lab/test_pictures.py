@@ -32,7 +32,8 @@ from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
 from boe_vllm.policies.base import SCORE_GRID
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.steering.importance import TokenImportance
 

@@ -8,8 +8,8 @@ import torch
 from test_loop import EOS, MASK, NEEDED, finish, make_loop, model, params_of  # noqa: F401
 
 from boe_vllm.policies import POLICY_NAMES
-from boe_vllm.request.config import plan_canvas
 from boe_vllm.request.given_text import GivenText
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.sampling.constraints import NEVER, CanvasConstraints, Constraint, TokenConstraints
 
 VOCAB = 29
