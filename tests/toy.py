@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
-from boe_vllm.decoding.canvas import Canvas
-from boe_vllm.decoding.views import view_of
+from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.policy_step import view_of
+from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
@@ -98,21 +99,18 @@ class Driven:
         self.canvas = Canvas(
             prompt,
             ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=seed),
-            mask_token_id=MASK,
-            eos_token_id=VOCAB - 2,
+            special=SpecialTokens(mask=MASK, eos=VOCAB - 2, late=frozenset(late)),
             vocab_size=VOCAB,
-            late_tokens=frozenset(late),
         )
         if policy is not None:
-            self.canvas.policy = policy
-            self.canvas.step_limit = policy.step_limit(
-                self.canvas.block_masks, self.canvas.block_steps
-            )
+            blocks = self.canvas.blocks
+            self.canvas.policy = blocks.policy = policy
+            blocks.step_limit = policy.step_limit(blocks.masks_at_start, blocks.steps)
         self.inputs, self.commits, self.views, self.sent, self.forwards = [], [], [], [], 0
 
     def step(self):
         canvas = self.canvas
-        positions, written = canvas.writable(), canvas.written()
+        positions, written = canvas.writable(), canvas.blocks.written(canvas.masked)
         rows = positions
         if canvas.policy.needs().revision:
             rows = np.concatenate([positions, written])
@@ -122,8 +120,9 @@ class Driven:
             self.forwards += 1
         self.inputs.append(canvas.tokens.tolist())
         view = view_of(canvas, positions, slice(0, len(rows)), statistics)
-        generator, reply = canvas.policy.step(view), None
-        while True:
+        commit, reply = canvas.policy.step(view), None
+        generator = None if isinstance(commit, Commit) else commit
+        while generator is not None:
             try:
                 query = generator.send(reply)
             except StopIteration as stop:

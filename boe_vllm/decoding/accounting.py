@@ -1,14 +1,24 @@
-"""What one request has cost, and how each of its positions was committed."""
+"""What requests cost, how each of their positions was committed, and what engine steps did.
+
+Counters are whole numbers by key, since they travel from the worker to the server among vLLM's own
+statistics: seconds as microseconds, entropies as hundredths of a nat.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.sampling.statistics import RowStatistics, TokenLikelihood
+from boe_vllm.steering.step import QueryResult
+
+PREFIX = "boe/"
+MICRO, CENTI = 1_000_000, 100
 
 
 @dataclasses.dataclass(slots=True)
@@ -21,6 +31,22 @@ class Account:
     rows_forward: int = 0
     rows_backward: int = 0
 
+    def charge(self, result: QueryResult) -> None:
+        """Add what the answer to a query has cost."""
+        self.forwards += result.forwards
+        self.backwards += result.backwards
+        self.rows_forward += result.rows_forward
+        self.rows_backward += result.rows_backward
+
+
+COSTS = ("forwards", "backwards", "rows_forward", "rows_backward")
+
+
+def total_costs(accounts: Iterable[Account]) -> dict[str, int]:
+    """Passes and rows of several requests together."""
+    accounts = list(accounts)
+    return {name: sum(getattr(account, name) for account in accounts) for name in COSTS}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
@@ -31,14 +57,6 @@ class TokenLogprobs:
     logprobs: list[float]
     rank: int
     """Rank of the committed token, 1 is the most likely."""
-
-
-class TokenLikelihood(NamedTuple):
-    """How likely one token is in one row."""
-
-    token: int
-    logprob: float
-    rank: int
 
 
 def given_logprobs(token: int) -> TokenLogprobs:
@@ -108,6 +126,43 @@ class Trace:
             "confidence": _rounded(self.confidence[committed]),
             "score": _rounded(self.score[committed]),
         }
+
+
+class Counters:
+    """What engine steps have done since the last reading, for the server's metrics."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def step(self, policy: str, *, committed: int, left: FloatArray) -> None:
+        """One request has made a denoising step.
+
+        Args:
+            policy: its name.
+            committed: masked positions before the step less those after it.
+            left: entropies of the block's positions that the step leaves masked, nats.
+        """
+        self.counts[f"denoising_steps/{policy}"] += 1
+        if committed > 0:  # else the step took more back than it wrote
+            self.counts["committed_tokens"] += committed
+        self.counts[f"tokens_per_step/{max(committed, 0)}"] += 1
+        if len(left):
+            self.counts[f"remaining_entropy/{round(float(left.mean()) * CENTI)}"] += 1
+
+    def cost(self, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+        """Passes and rows of all requests, as sums before and after a step."""
+        for name in COSTS:
+            self.counts[name] += after[name] - before[name]
+
+    def time(self, seconds: Mapping[str, float]) -> None:
+        """Seconds by part."""
+        for name, value in seconds.items():
+            self.counts[f"seconds/{name}"] += round(value * MICRO)
+
+    def read(self) -> dict[str, int]:
+        """The counts so far, which start again from 0."""
+        counts, self.counts = self.counts, Counter()
+        return {PREFIX + key: value for key, value in counts.items()}
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:

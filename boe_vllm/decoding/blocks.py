@@ -1,6 +1,10 @@
-"""Where a canvas stands: its current block, what may be written there, and how much is due.
+"""The blocks of one canvas: which is current, what may be written there, and how much is due.
 
-Legend: `L` positions of prompt and canvas, `M` masked positions that may be written now.
+LLaDA's block-wise decoding (ML-GSAI/LLaDA `generate.py`): the canvas is split into blocks that are
+written from left to right. Masks inside the prompt are written with the first block.
+
+Legend: `L` positions of prompt and canvas, `M` masked positions that may be written now, `W`
+written positions of the block.
 """
 
 from __future__ import annotations
@@ -8,85 +12,109 @@ from __future__ import annotations
 import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
-from boe_vllm.policies import Policy
+from boe_vllm.policies.base import Policy
 from boe_vllm.request import schedule
-from boe_vllm.request.config import CanvasPlan, SamplerConfig
-from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.request.config import CanvasPlan
 
 
 class Blocks:
-    """The part of a canvas that knows its blocks."""
+    """Where a canvas stands. It is asked with the canvas's masks, of which it keeps no copy."""
 
-    config: SamplerConfig
-    plan: CanvasPlan
-    policy: Policy
-    prompt_len: int
-    tokens: IntArray
-    """[L] token ids."""
-    masked: BoolArray
-    """[L] what is still to be written."""
-    given: BoolArray
-    """[L] what came with the request and not as a mask."""
-    carried: RowStatistics | None = None
-    """The coming step's prediction, if the last step's look-ahead has made it already."""
-    settled: bool = True
-    """Nothing that this block has written can be remasked any more."""
-    block: int = -1
-    block_step: int = 0
-    """Denoising steps of the block so far."""
-    block_steps: int
+    index: int = -1
+    """Of the current block."""
+    start: int = 0
+    """Its first position; that of the prompt for the first block."""
+    end: int = 0
+    """The position after its last one."""
+    masks_at_start: int = 0
+    positions: IntArray
+    """Positions of it that did not come with the request, ascending."""
+    step: int = 0
+    """Denoising steps of it so far."""
+    steps: int = 0
     """Denoising steps planned for it."""
-    step_limit: int
+    step_limit: int = 0
     """Denoising steps after which the engine writes the rest of it."""
 
+    def __init__(
+        self,
+        plan: CanvasPlan,
+        spread: schedule.Schedule,
+        policy: Policy,
+        *,
+        prompt_len: int,
+        given: BoolArray,
+        masked: BoolArray,
+    ) -> None:
+        """Open the first block that has masks.
+
+        Args:
+            plan: of the canvas.
+            spread: how a block's tokens are spread over its steps.
+            policy: what decodes it, for its limit on steps.
+            prompt_len: where the canvas begins.
+            given: [L] what came with the request and not as a mask.
+            masked: [L] what is still to be written.
+        """
+        self.plan, self.spread, self.policy = plan, spread, policy
+        self.prompt_len, self.given = prompt_len, given
+        self.positions = np.empty(0, np.int64)
+        self.advance(masked)
+
+    def advance(self, masked: BoolArray) -> None:
+        """Move on to the first block, from the current one, that has masks; stay if none has."""
+        while masked.any():
+            self.index += 1
+            self.start = 0 if self.index == 0 else self.canvas_start
+            self.end = min(self.canvas_start + self.plan.block_length, len(masked))
+            self.masks_at_start = int(masked[self.start : self.end].sum())
+            own = np.arange(self.start, self.end)
+            self.positions = own[~self.given[own]]
+            self.step = 0
+            if self.masks_at_start:
+                self.steps = self.plan.steps_for(self.masks_at_start)
+                self.step_limit = self.policy.step_limit(self.masks_at_start, self.steps)
+                return
+
     @property
-    def done(self) -> bool:
-        """Nothing is masked any more."""
-        return not self.masked.any()
+    def canvas_start(self) -> int:
+        """Where the current block begins on the canvas; masks inside the prompt lie before it."""
+        return self.prompt_len + self.index * self.plan.block_length
 
     @property
     def overdue(self) -> bool:
         """The current block has had all its steps, and writes of the last one did not stand."""
-        return self.block_step >= self.step_limit
+        return self.step >= self.step_limit
 
-    def writable(self) -> IntArray:
+    @property
+    def last_step(self) -> bool:
+        """The coming step is the last one that the policy has."""
+        return self.step + 1 >= self.step_limit
+
+    def complete(self, masked: BoolArray) -> bool:
+        """Nothing of the current block is masked."""
+        return not masked[self.start : self.end].any()
+
+    def writable(self, masked: BoolArray) -> IntArray:
         """[M] positions of the current block that are masked, ascending."""
-        return self.block_start + np.flatnonzero(self.masked[self.block_start : self.block_end])
+        return self.start + np.flatnonzero(masked[self.start : self.end])
 
-    def upcoming(self) -> IntArray:
+    def upcoming(self, masked: BoolArray) -> IntArray:
         """Masked positions of the block after the current one, ascending."""
-        end = self.block_end + self.plan.block_length
-        return self.block_end + np.flatnonzero(self.masked[self.block_end : end])
+        return self.end + np.flatnonzero(masked[self.end : self.end + self.plan.block_length])
 
-    def written(self) -> IntArray:
+    def written(self, masked: BoolArray) -> IntArray:
         """[W] positions of the current block that are written, ascending."""
-        return self.block_positions[~self.masked[self.block_positions]]
+        return self.positions[~masked[self.positions]]
 
-    def quota(self) -> int:
+    def quota(self, masked: BoolArray) -> int:
         """Tokens due in this step."""
-        masks = int(self.masked[self.block_start : self.block_end].sum())
+        masks = int(masked[self.start : self.end].sum())
         due = schedule.due(
-            self.config.frame.schedule,
-            masks=self.block_masks,
-            steps=self.block_steps,
-            step=self.block_step,
-            written=self.block_masks - masks,
+            self.spread,
+            masks=self.masks_at_start,
+            steps=self.steps,
+            step=self.step,
+            written=self.masks_at_start - masks,
         )
         return min(masks, due)
-
-    def _next_block(self) -> None:
-        """Move on to the first block, from the current one, that has masks."""
-        self.carried, self.settled = None, True
-        while not self.done:
-            self.block += 1
-            start = self.prompt_len + self.block * self.plan.block_length
-            self.block_start = 0 if self.block == 0 else start
-            self.block_end = min(start + self.plan.block_length, len(self.tokens))
-            self.block_masks = int(self.masked[self.block_start : self.block_end].sum())
-            own = np.arange(self.block_start, self.block_end)
-            self.block_positions = own[~self.given[own]]
-            self.block_step = 0
-            if self.block_masks:
-                self.block_steps = self.plan.steps_for(self.block_masks)
-                self.step_limit = self.policy.step_limit(self.block_masks, self.block_steps)
-                return

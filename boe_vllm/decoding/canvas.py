@@ -1,9 +1,7 @@
-"""The canvas of one request: its tokens, what is masked, its blocks, and what it has cost.
+"""The canvas of one request: its tokens, what is masked, and what it has cost.
 
-LLaDA's block-wise decoding (ML-GSAI/LLaDA `generate.py`): masks are appended to the prompt, split
-into blocks and written block by block from left to right; a block with `m` masks and `S` steps
-writes `m // S` tokens a step and one more in each of the first `m % S` steps. Masks inside the
-prompt are written with the first block.
+Masks are appended to the prompt; masks inside the prompt are written too (infilling). The canvas
+says what the coming step computes, takes a policy's commit, and emits the longest committed prefix.
 
 Legend: `L` positions of prompt and canvas, `M` masked positions that may be written now.
 """
@@ -11,8 +9,6 @@ Legend: `L` positions of prompt and canvas, `M` masked positions that may be wri
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,28 +16,36 @@ import numpy as np
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.accounting import (
     Account,
-    TokenLikelihood,
     TokenLogprobs,
     Trace,
     given_logprobs,
     token_logprobs,
 )
 from boe_vllm.decoding.blocks import Blocks
-from boe_vllm.models.cache import CachePlan, KeyValuePool, RequestCache
+from boe_vllm.decoding.cache import RequestCache
+from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.policies import Policy, load_policy
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.config import SamplerConfig
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling import randomness
-from boe_vllm.sampling.canvas_constraints import CanvasConstraints
-from boe_vllm.sampling.constraints import Constraint
-from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.sampling.constraints import CanvasConstraints, Constraint
+from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
 from boe_vllm.steering.guidance import Guidance
 from boe_vllm.steering.step import NextStep
 
 
-class Canvas(Blocks):
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """Token ids that have a meaning of their own in decoding."""
+
+    mask: int
+    eos: int
+    late: frozenset[int] = frozenset()
+    """EOS and end of turn, for `confidence_eos_eot_inf`."""
+
+
+class Canvas:
     """State of one request between denoising steps."""
 
     def __init__(
@@ -49,108 +53,116 @@ class Canvas(Blocks):
         prompt: list[int],
         params: ResolvedRequest,
         *,
-        mask_token_id: int,
-        eos_token_id: int,
+        special: SpecialTokens,
         vocab_size: int,
-        late_tokens: frozenset[int],
         pool: KeyValuePool | None = None,
     ) -> None:
         """Append the masks and open the first block.
 
         Args:
             prompt: token ids.
-            params: the request's settings.
-            mask_token_id: id of the mask.
-            eos_token_id: id of EOS.
+            params: what the request asked for.
+            special: ids of the mask and of the ends of text.
             vocab_size: number of tokens.
-            late_tokens: EOS and EoT, for `confidence_eos_eot_inf`.
-            pool: room for frozen keys and values, if the request queries for a cache.
+            pool: room for frozen keys and values, if the request asks for a cache.
 
         Raises:
             ValueError: when the pool has no room left.
         """
-        self.params = params
+        self.params, self.special, self.vocab_size = params, special, vocab_size
         self.config, self.plan = params.config, params.plan
-        given_text = self.config.given_text
-        self.policy = policy_of(self.config, eos_token_id, params.token_constraints.rule)
-        self.vocab_size = vocab_size
-        self.late_tokens = np.array(sorted(late_tokens))
+        frame = self.config.frame
+        self.policy = policy_of(self.config, special.eos, params.constraints.everywhere)
         self.prompt_len = len(prompt)
-        self.tokens: IntArray = np.full(
-            self.prompt_len + self.plan.gen_length, mask_token_id, np.int64
-        )
-        self.tokens[: self.prompt_len] = prompt
-        template = given_text.template(mask_token_id) or []
-        self.tokens[self.prompt_len : self.prompt_len + len(template)] = template
-        self.masked = self.tokens == mask_token_id
+        self.tokens = self._tokens(prompt)
+        self.masked = self.tokens == special.mask
         self.given = ~self.masked
-        never = eos_token_id if self.config.frame.logits_eos_inf else None
-        self.constraints = CanvasConstraints(params.token_constraints, self.prompt_len, never=never)
-        self.mask_token_id = mask_token_id
+        never = special.eos if frame.logits_eos_inf else None
+        self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
+        late = special.late if frame.confidence_eos_eot_inf else ()
+        self.late_tokens = np.array(sorted(late), np.int64)
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
-        scale = self.config.frame.cfg_scale
-        self.guide = Guidance(scale=scale, given=self.given) if scale > 0 else None
-        self.account = Account()
-        self.emitted = 0
-        length = len(self.tokens)
-        self.trace = Trace(length)
+        self.guide = (
+            Guidance(scale=frame.cfg_scale, given=self.given) if frame.cfg_scale > 0 else None
+        )
+        self.account, self.trace = Account(), Trace(len(self.tokens))
         self.logprobs_of: dict[int, TokenLogprobs] = {}
+        self.emitted = 0
         self.cache: RequestCache | None = None
-        if self.config.frame.cache != "none":
+        if frame.cache != "none":
             assert pool is not None
-            frame = self.config.frame
+            length = len(self.tokens)
             self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
-        self._next_block()
+        self.blocks = Blocks(
+            self.plan,
+            frame.schedule,
+            self.policy,
+            prompt_len=self.prompt_len,
+            given=self.given,
+            masked=self.masked,
+        )
+        self.carried: RowStatistics | None = None
+        """The coming step's prediction, if the last step's look-ahead has made it already."""
+        self.settled = True
+        """Nothing that this block has written can be remasked any more."""
 
-    # ---- passes ----------------------------------------------------------------------------------
+    def _tokens(self, prompt: list[int]) -> IntArray:
+        length = len(prompt) + self.plan.gen_length
+        tokens = np.full(length, self.special.mask, np.int64)
+        template = self.config.given_text.template(self.special.mask) or []
+        given = [*prompt, *template]
+        tokens[: len(given)] = given
+        return tokens
+
+    @property
+    def done(self) -> bool:
+        """Nothing is masked any more."""
+        return not self.masked.any()
+
+    # ---- what the coming step computes ---------------------------------------------------------
+
+    def writable(self) -> IntArray:
+        """[M] positions of the current block that are masked, ascending."""
+        return self.blocks.writable(self.masked)
 
     def cache_plan(self, ahead: int = 0) -> CachePlan | None:
         """What the coming pass, or one `ahead` of it, stores or reads; None without a cache."""
         if self.cache is None:
             return None
         return self.cache.plan(
-            block=self.block,
-            block_step=self.block_step + ahead,
-            block_positions=self.block_positions,
+            block=self.blocks.index,
+            block_step=self.blocks.step + ahead,
+            block_positions=self.blocks.positions,
         )
+
+    def constraints_at(self, positions: IntArray) -> list[Constraint] | None:
+        """[M] what may be written at some masked positions now; None if all may be everywhere."""
+        return self.constraints.at(self.tokens, self.masked, positions)
+
+    def next_step(self) -> NextStep:
+        """How the step after the coming one would be computed, if it stays in this block."""
+        return NextStep(
+            temperature=self.params.temperature,
+            seed=self.params.seed,
+            step=self.account.denoising_steps + 1,
+            constraints=self.constraints,
+            top_logprobs=self.top_logprobs,
+            cache=self.cache_plan(ahead=1),
+        )
+
+    @property
+    def top_logprobs(self) -> int:
+        """Most likely tokens that a pass must report per row; 0 if no log-probabilities are."""
+        return self.params.logprobs * max(1, self.params.top_logprobs)
 
     def release(self) -> None:
         """Give back what the request holds outside its canvas."""
         if self.cache is not None:
             self.cache.release()
 
-    # ---- a step --------------------------------------------------------------------------------
-
-    def uniforms(self, positions: IntArray, ahead: int = 0) -> np.ndarray:
-        """[M] the random numbers behind the proposals of this step or of one `ahead` of it."""
-        return randomness.uniforms(
-            self.params.seed,
-            step=self.account.denoising_steps + ahead,
-            positions=positions,
-            stream=randomness.WRITE,
-        )
-
-    def rules(self, positions: IntArray) -> list[Constraint] | None:
-        """[M] what may be written at some masked positions now; None if all may be everywhere."""
-        if not self.constraints.any:
-            return None
-        return self.constraints.rules(self.tokens, self.masked, positions)
-
-    def next_step(self, rules: Callable[[IntArray], IntArray]) -> NextStep:
-        """How the step after the coming one would be computed, if it stays in this block.
-
-        Args:
-            rules: numbers of the rules at given positions.
-        """
-        return NextStep(
-            temperature=self.params.temperature,
-            uniforms=functools.partial(self.uniforms, ahead=1),
-            rules=rules,
-            top_logprobs=self.params.logprobs * max(1, self.params.top_logprobs),
-            cache=self.cache_plan(ahead=1),
-        )
+    # ---- a commit ------------------------------------------------------------------------------
 
     def apply(
         self,
@@ -158,7 +170,7 @@ class Canvas(Blocks):
         view: View,
         rows: slice,
         statistics: RowStatistics,
-        likelihood: Callable[[int, int], TokenLikelihood] | None = None,
+        log_probs: LogProbabilities | None = None,
     ) -> None:
         """Write and remask what the policy decided, and note it.
 
@@ -167,19 +179,18 @@ class Canvas(Blocks):
             view: what it was made on.
             rows: of the statistics that are this request's.
             statistics: of the step's forward, or carried over.
-            likelihood: of (row, token), for a token that is not its row's proposal.
+            log_probs: of the step's forward, for tokens that are not their rows' proposals.
 
         Raises:
             ValueError: for a decision that no rule may make.
         """
-        if self.block_step + 1 >= self.step_limit:
+        if self.blocks.last_step:
             commit = finishing(commit, view)
         chosen = commit.chosen
         positions = view.positions[chosen]
         tokens = view.proposal[chosen] if commit.tokens is None else commit.tokens
-        if self.constraints.any:
-            stand = self.constraints.standing(self.tokens, self.masked, positions, tokens)
-            chosen, positions, tokens = chosen[stand], positions[stand], tokens[stand]
+        stand = self.constraints.standing(self.tokens, self.masked, positions, tokens)
+        chosen, positions, tokens = chosen[stand], positions[stand], tokens[stand]
         if len(chosen) == 0 and len(commit.remask) == 0 and not commit.idle:
             raise ValueError(f"policy {self.policy.name!r} decided nothing in step {view.step}")
         self.tokens[positions] = tokens
@@ -195,37 +206,40 @@ class Canvas(Blocks):
             for index, position, token in zip(chosen, positions, tokens, strict=True):
                 row, other = rows.start + int(index), None
                 if token != view.proposal[index]:
-                    assert likelihood is not None
-                    other = likelihood(row, int(token))
+                    assert log_probs is not None
+                    other = log_probs.likelihood(row, int(token))
                 self.logprobs_of[int(position)] = token_logprobs(
                     statistics, row, self.params.top_logprobs, other
                 )
         self._remask(commit.remask)
         self.account.denoising_steps += 1
-        self.block_step += 1
+        self.blocks.step += 1
         self.settled = commit.settled
         self._carry(commit.carry)
-        if not self.masked[self.block_start : self.block_end].any():
-            self._next_block()
+        if self.blocks.complete(self.masked):
+            self.carried, self.settled = None, True
+            self.blocks.advance(self.masked)
 
     def _remask(self, positions: IntArray) -> None:
         sent = (positions >= self.prompt_len) & (positions < self.prompt_len + self.emitted)
-        if sent.any() or not np.isin(positions, self.block_positions).all():
+        if sent.any() or not np.isin(positions, self.blocks.positions).all():
             raise ValueError(
                 f"policy {self.policy.name!r} remasked positions that may not change any more: "
-                f"expected some of {self.block_positions.tolist()} that are not sent, got "
+                f"expected some of {self.blocks.positions.tolist()} that are not sent, got "
                 f"{positions.tolist()}"
             )
-        self.tokens[positions] = self.mask_token_id
+        self.tokens[positions] = self.special.mask
         self.masked[positions] = True
         self.trace.forget(positions)
 
     def _carry(self, prediction: RowStatistics | None) -> None:
-        """Keep the coming step's prediction, unless its forward has to refresh the cache."""
+        """Keep the coming step's prediction, unless its forward is needed all the same."""
         plan = self.cache_plan()
         refresh = plan is not None and plan.refresh
-        # A write may have changed the rules that the prediction was made by.
-        self.carried = None if refresh or self.constraints.depends_on_tokens else prediction
+        # A write may have changed the constraints that the prediction was made by, and no
+        # look-ahead predicts what is written already.
+        stale = refresh or self.constraints.depends_on_tokens or self.policy.needs().revision
+        self.carried = None if stale else prediction
         if self.carried is not None and len(self.carried.proposal) != len(self.writable()):
             raise ValueError(
                 f"policy {self.policy.name!r} carried a prediction of another state: expected one "
@@ -242,7 +256,7 @@ class Canvas(Blocks):
         if self.masked[: self.prompt_len].any():  # infilling: what comes before is not written yet
             grown = 0
         if not self.settled:  # what this block has written may still be remasked
-            grown = max(0, min(grown, self.block_start - start))
+            grown = max(0, min(grown, self.blocks.start - start))
         self.emitted += grown
         return self.tokens[start : start + grown].tolist()
 
@@ -278,9 +292,9 @@ class Canvas(Blocks):
         ]
 
 
-def policy_of(config: SamplerConfig, eos_token_id: int, rule: Constraint) -> Policy:
-    """What decodes a request; the rule's filters are those of a draw among given answers."""
+def policy_of(config: SamplerConfig, eos_token_id: int, constraint: Constraint) -> Policy:
+    """What decodes a request; the constraint's filters are those of a draw among given answers."""
     answers = config.given_text.answers()
     if answers is not None:
-        return ChoicesPolicy(answers, eos_token_id, rule)
+        return ChoicesPolicy(answers, eos_token_id, constraint)
     return load_policy(config.policy)(config.settings)

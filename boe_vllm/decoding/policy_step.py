@@ -1,20 +1,23 @@
 """The policies' part of a step: their views, their queries and their decisions.
 
 Whatever goes wrong in one request's part ends that request and no other.
+
+Legend: `M` masked positions that may be written now, `W` written positions of the block.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
-from boe_vllm.decoding.views import view_of
-from boe_vllm.policies.base import Commit, View, finishing
-from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.policies.base import Commit, Revision, View, finishing
+from boe_vllm.sampling.statistics import RowStatistics, on_grid
 from boe_vllm.steering.answers import answer
 from boe_vllm.steering.queries import Query
 from boe_vllm.steering.step import DenoisingPass, QueryResult
@@ -32,88 +35,136 @@ class Errors(dict[int, str]):
         self.setdefault(place, f"policy {canvas.policy.name!r} failed: {error}")
 
 
-def reading(
-    canvas: Canvas, current: DenoisingPass, sequence: int, statistics: RowStatistics
-) -> tuple[slice, RowStatistics]:
-    """Which rows of which statistics are a request's: of the step's own, or those carried over."""
-    if canvas.carried is not None:
-        return slice(0, len(canvas.carried.proposal)), canvas.carried
-    start = current.layout.logit_starts[sequence]
-    return slice(start, start + current.layout.logit_lens[sequence]), statistics
-
-
-def views_of(
-    canvases: Sequence[Canvas], current: DenoisingPass, statistics: RowStatistics, errors: Errors
-) -> dict[int, View]:
+def views_of(batch: StepBatch, statistics: RowStatistics, errors: Errors) -> dict[int, View]:
     """The view of every request whose logits are finite; the others get an error."""
     views = {}
-    for n, canvas in enumerate(canvases):
-        rows, own = reading(canvas, current, n, statistics)
+    for n, canvas in enumerate(batch.canvases):
+        rows, own = batch.rows_of(n, statistics)
         if not own.finite[rows].all():
             errors[n] = (
                 f"the model's logits are not finite in denoising step "
                 f"{canvas.account.denoising_steps}; check the checkpoint and the dtype"
             )
             continue
-        views[n] = view_of(canvas, current.sequences[n].logit_positions, rows, own)
+        views[n] = view_of(canvas, batch.sequences[n].logit_positions, rows, own)
     return views
 
 
+def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:
+    """What a policy sees of one canvas.
+
+    Args:
+        canvas: before the step.
+        positions: [M] the masked ones.
+        rows: of the statistics that are this request's: those of `positions`, then, if the
+            policy needs a revision, those of the written positions.
+        statistics: of the step's forward, or carried over.
+    """
+    blocks, revision = canvas.blocks, None
+    written = blocks.written(canvas.masked)
+    if canvas.policy.needs().revision:
+        again = slice(rows.start + len(positions), rows.start + len(positions) + len(written))
+        revision = Revision(
+            proposal=statistics.proposal[again],
+            confidence=statistics.confidence[again],
+            entropy=statistics.entropy[again],
+        )
+    rows = slice(rows.start, rows.start + len(positions))
+    proposal, confidence = statistics.proposal[rows], statistics.confidence[rows]
+    return View(
+        positions=positions,
+        proposal=proposal,
+        confidence=np.where(np.isin(proposal, canvas.late_tokens), -np.inf, confidence),
+        margin=statistics.margin[rows],
+        entropy=statistics.entropy[rows],
+        quota=blocks.quota(canvas.masked),
+        masked_at_start=canvas.masked_at_start,
+        masked_now=int(canvas.masked.sum()),
+        step=canvas.account.denoising_steps,
+        block_step=blocks.step,
+        block_steps=blocks.steps,
+        block_start=blocks.canvas_start,
+        vocab_size=canvas.vocab_size,
+        seed=canvas.params.seed,
+        temperature=canvas.params.temperature,
+        written=written,
+        revision=revision,
+        late_tokens=canvas.late_tokens,
+        memory=canvas.memory,
+    )
+
+
 def decide(
-    canvases: Sequence[Canvas], current: DenoisingPass, views: Mapping[int, View], errors: Errors
+    batch: StepBatch, current: DenoisingPass, views: Mapping[int, View], errors: Errors
 ) -> dict[int, Commit]:
     """Run the policies' steps side by side; their queries are answered round by round."""
-    commits: dict[int, Commit] = {}
-    steps: dict[int, Any] = {}
-    for n, view in views.items():
-        if canvases[n].overdue:  # the policy has had its steps: what is left is the engine's
-            commits[n] = finishing(Commit(chosen=np.empty(0, np.int64)), view)
-            continue
-        try:
-            steps[n] = canvases[n].policy.step(view)
-        except Exception as error:
-            errors.blame(n, canvases[n], error)
-    replies: dict[int, Any] = dict.fromkeys(steps)
+    canvases = batch.canvases
+    commits, asking = _begin(canvases, views, errors)
+    replies: dict[int, Any] = dict.fromkeys(asking)
     while replies:
-        queries = {}
+        queries: dict[int, Query] = {}
         for n, reply in replies.items():
             try:
-                queries[n] = steps[n].send(reply)
+                queries[n] = asking[n].send(reply)
             except StopIteration as stop:
                 commits[n] = stop.value
             except Exception as error:
                 errors.blame(n, canvases[n], error)
         replies = {}
-        with current.clock.part("surrogate"):
-            answers = _answers(canvases, current, queries, errors)
-        for n, given in answers.items():
-            account = canvases[n].account
-            account.forwards += given.forwards
-            account.backwards += given.backwards
-            account.rows_forward += given.rows_forward
-            account.rows_backward += given.rows_backward
-            if isinstance(given.value, np.ndarray) and np.isnan(given.value).any():
-                errors[n] = (
-                    f"steering found numbers that are not finite in denoising step "
-                    f"{canvases[n].account.denoising_steps}; check the checkpoint and the dtype"
-                )
-                continue
-            replies[n] = given.value
+        with current.clock.part("queries"):
+            results = _answers(canvases, current, queries, errors)
+        for n, result in results.items():
+            canvases[n].account.charge(result)
+            value = result.value
+            if isinstance(value, np.ndarray):
+                if np.isnan(value).any():
+                    errors[n] = (
+                        f"steering found numbers that are not finite in denoising step "
+                        f"{canvases[n].account.denoising_steps}; check the checkpoint and the dtype"
+                    )
+                    continue
+                value = on_grid(value, current.log_probs.score_grid)
+            replies[n] = value
     return commits
 
 
+def _begin(
+    canvases: Sequence[Canvas], views: Mapping[int, View], errors: Errors
+) -> tuple[dict[int, Commit], dict[int, Generator[Query, Any, Commit]]]:
+    """What is decided without a query, and the steps of the policies that ask."""
+    commits: dict[int, Commit] = {}
+    asking: dict[int, Generator[Query, Any, Commit]] = {}
+    for n, view in views.items():
+        if canvases[n].blocks.overdue:  # the policy has had its steps: the rest is the engine's
+            commits[n] = finishing(Commit(chosen=np.empty(0, np.int64)), view)
+            continue
+        try:
+            step = canvases[n].policy.step(view)
+        except Exception as error:
+            errors.blame(n, canvases[n], error)
+            continue
+        if isinstance(step, Commit):
+            commits[n] = step
+        else:
+            asking[n] = step
+    return commits, asking
+
+
 def _answers(
-    canvases: Sequence[Canvas], current: DenoisingPass, queries: Mapping[int, Query], errors: Errors
+    canvases: Sequence[Canvas],
+    current: DenoisingPass,
+    queries: Mapping[int, Query],
+    errors: Errors,
 ) -> dict[int, QueryResult]:
     """All queries in shared passes; if one breaks them, each on its own, so that it is found."""
     try:
         return answer(current, queries)
     except Exception:
         logger.exception("queries of %d requests failed together", len(queries))
-    answers: dict[int, QueryResult] = {}
+    results: dict[int, QueryResult] = {}
     for n, query in queries.items():
         try:
-            answers |= answer(current, {n: query})
+            results |= answer(current, {n: query})
         except Exception as error:
             errors.blame(n, canvases[n], error)
-    return answers
+    return results

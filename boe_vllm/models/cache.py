@@ -1,8 +1,4 @@
-"""Frozen keys and values of finished and later blocks (Fast-dLLM's prefix and dual caches).
-
-A block's first step computes every row and stores the keys and values of the rows that the block's
-later steps leave alone: with "prefix" those before the block, with "dual" those after it too. It is
-an approximation: the stored rows do not see what the block commits until the next refresh.
+"""A pool of keys and values that passes store and read instead of computing them again.
 
 Legend: `T` packed live rows, `S` packed rows of keys and values, `G` key heads, `P` head size.
 """
@@ -80,7 +76,7 @@ class KeyValuePool:
         if count > len(self._free):
             raise ValueError(
                 f"cache: expected room for {count} rows, got {len(self._free)} of {self.rows}; "
-                "raise cache_rows or lower max_num_seqs"
+                "raise max_num_batched_tokens or lower max_num_seqs"
             )
         taken, self._free = self._free[:count], self._free[count:]
         return taken
@@ -88,47 +84,6 @@ class KeyValuePool:
     def give_back(self, slots: IntArray) -> None:
         """Return slots to the pool."""
         self._free = np.concatenate([self._free, slots])
-
-
-class RequestCache:
-    """The stored rows of one request: which, and where. Its room is taken when it is admitted."""
-
-    def __init__(
-        self, mode: str, refresh_every: int | None, pool: KeyValuePool, length: int
-    ) -> None:
-        """Take room for `length` rows.
-
-        Raises:
-            ValueError: when the pool has none.
-        """
-        self.mode, self.refresh_every, self.pool = mode, refresh_every, pool
-        self.length = length
-        self.slots = pool.take(length)
-        self.block = -1
-        self.live: IntArray = np.empty(0, np.int64)
-        self.frozen: IntArray = np.empty(0, np.int64)
-
-    def plan(self, *, block: int, block_step: int, block_positions: IntArray) -> CachePlan:
-        """What the coming pass does; a new block freezes another set of rows."""
-        due = self.refresh_every is not None and block_step % self.refresh_every == 0
-        refresh = due or block != self.block
-        if block != self.block:
-            live = np.zeros(self.length, bool)
-            live[block_positions] = True
-            if self.mode == "prefix":
-                live[block_positions[-1] :] = True
-            self.live, self.frozen = np.flatnonzero(live), np.flatnonzero(~live)
-            self.block = block
-        return CachePlan(
-            live_positions=None if refresh else self.live,
-            frozen_positions=self.frozen,
-            slots=self.slots[: len(self.frozen)],
-        )
-
-    def release(self) -> None:
-        """Give the room back."""
-        self.pool.give_back(self.slots)
-        self.slots = np.empty(0, np.int64)
 
 
 class CachedRows(KeyValueContext):

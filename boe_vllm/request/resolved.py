@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from boe_vllm.request.config import CanvasPlan, SamplerConfig
-from boe_vllm.sampling.canvas_constraints import TokenConstraints
+from boe_vllm.sampling.constraints import TokenConstraints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,5 +21,5 @@ class ResolvedRequest:
     """Log-probabilities to report per token, beside its own."""
     logprobs: bool = False
     """Whether log-probabilities are reported at all."""
-    token_constraints: TokenConstraints = dataclasses.field(default_factory=TokenConstraints)
+    constraints: TokenConstraints = dataclasses.field(default_factory=TokenConstraints)
     """What is demanded of every token."""

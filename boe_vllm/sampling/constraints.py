@@ -1,20 +1,27 @@
-"""What a request lets be written at a position, as edits of logits and filters of a sample.
+"""What a request lets be written: edits of logits, filters of a draw, and where each of them holds.
 
-A pass packs rows of many requests, so each row names its rule by number: 0 for none, `n` for the
-`n`-th of the pass's rules.
+vLLM's fields on a canvas that is written in any order: `logit_bias`, `allowed_token_ids` and
+`bad_words` of one token hold at every masked position; `min_tokens` forbids the tokens that end a
+request at the canvas positions below it; a bad word of several tokens forbids, at each position,
+the token that would complete it there; `top_k`, `top_p` and `min_p` restrict draws.
 
-Legend: `R` rows, `r` those of one rule, `V` vocabulary.
+A pass packs rows of many requests, so each row names its constraint by number: 0 for none, `n` for
+the `n`-th of the pass's table. The order of operations is listed in `sampling.statistics`.
+
+Legend: `L` positions of prompt and canvas, `M` some masked positions, `R` packed logit rows, `r`
+those of one constraint, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 
 Tensor = torch.Tensor
 
@@ -28,59 +35,69 @@ def _no_tokens() -> IntArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Constraint:
-    """Edits of the logits, which every statistic sees, and filters, which only a sample sees."""
+    """Edits of the logits, which every statistic sees, and filters, which only a draw sees."""
 
-    allowed: IntArray | None = None
+    allowed_token_ids: IntArray | None = None
     """The only tokens that may be written; None for all."""
-    banned: IntArray = dataclasses.field(default_factory=_no_tokens)
+    banned_token_ids: IntArray = dataclasses.field(default_factory=_no_tokens)
     """Tokens that may not be written, even if allowed."""
-    biased: IntArray = dataclasses.field(default_factory=_no_tokens)
+    biased_token_ids: IntArray = dataclasses.field(default_factory=_no_tokens)
     """Tokens whose logits are changed."""
-    bias: FloatArray = dataclasses.field(default_factory=lambda: np.empty(0))
-    """By how much, in logits."""
+    logit_bias: FloatArray = dataclasses.field(default_factory=lambda: np.empty(0))
+    """By how much, in logits, one entry for each of them."""
     top_k: int = 0
-    """A sample is one of the k most likely tokens; 0 for no limit."""
+    """A draw is one of the k most likely tokens; 0 for no limit."""
     top_p: float = 1.0
-    """A sample is one of the fewest most likely tokens whose probability reaches this."""
+    """A draw is one of the fewest most likely tokens whose probability reaches this."""
     min_p: float = 0.0
-    """A sample's probability is at least this share of the largest."""
+    """A draw's probability is at least this share of the largest."""
 
     @property
     def edits(self) -> bool:
         """Whether logits change."""
-        return self.allowed is not None or len(self.banned) > 0 or len(self.biased) > 0
+        listed = self.allowed_token_ids is not None
+        return listed or len(self.banned_token_ids) > 0 or len(self.biased_token_ids) > 0
 
     @property
     def filters(self) -> bool:
-        """Whether samples are restricted."""
+        """Whether draws are restricted."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def permits(self, token: int) -> bool:
         """Whether the token may be written."""
-        listed = self.allowed is None or bool((self.allowed == token).any())
-        return listed and not (self.banned == token).any()
+        allowed = self.allowed_token_ids
+        listed = allowed is None or bool((allowed == token).any())
+        return listed and not (self.banned_token_ids == token).any()
+
+    def banning(self, tokens: Iterable[int]) -> Constraint:
+        """This constraint with some more tokens banned."""
+        more = np.array(sorted(tokens), np.int64)
+        if not len(more):
+            return self
+        banned = np.union1d(self.banned_token_ids, more)
+        return dataclasses.replace(self, banned_token_ids=banned)
 
     def edit(self, logits_RV: Tensor, rows_r: Tensor) -> None:
         """Edit some rows in place."""
         device = logits_RV.device
         logits = logits_RV[rows_r]
-        if self.allowed is not None:
-            allowed = torch.from_numpy(self.allowed).to(device)
-            kept = torch.full_like(logits, NEVER)
-            kept[:, allowed] = logits[:, allowed]
-            logits = kept
-        if len(self.biased):
-            tokens = torch.from_numpy(self.biased).to(device)
-            logits[:, tokens] += torch.from_numpy(self.bias).to(logits)
-        if len(self.banned):
-            logits[:, torch.from_numpy(self.banned).to(device)] = NEVER
+        if self.allowed_token_ids is not None:
+            allowed = torch.from_numpy(self.allowed_token_ids).to(device)
+            edited = torch.full_like(logits, NEVER)
+            edited[:, allowed] = logits[:, allowed]
+            logits = edited
+        if len(self.biased_token_ids):
+            tokens = torch.from_numpy(self.biased_token_ids).to(device)
+            logits[:, tokens] += torch.from_numpy(self.logit_bias).to(logits)
+        if len(self.banned_token_ids):
+            logits[:, torch.from_numpy(self.banned_token_ids).to(device)] = NEVER
         logits_RV[rows_r] = logits
 
     def filter(self, p_rV: Tensor) -> Tensor:
-        """[r, V] the (tempered) probabilities with 0 for what a sample may not be.
+        """[r, V] the (tempered) probabilities with 0 for what a draw may not be.
 
         In vLLM's order: `min_p`, then `top_k`, then `top_p` of what is left; ties at the limit of
-        `top_k` are kept.
+        `top_k` stay in.
         """
         if self.min_p > 0:
             p_rV = p_rV.where(p_rV >= self.min_p * p_rV.amax(-1, keepdim=True), 0.0)
@@ -95,9 +112,160 @@ class Constraint:
         return p_rV
 
 
-def rows_by_constraint(
-    constraint_R: IntArray, table: Sequence[Constraint], device: torch.device
-) -> Iterator[tuple[Constraint, Tensor]]:
-    """Each rule that some rows have, with these rows."""
-    for number in np.unique(constraint_R[constraint_R > 0]).tolist():
-        yield table[number - 1], torch.from_numpy(np.flatnonzero(constraint_R == number)).to(device)
+@functools.cache
+def without_token(token: int) -> Constraint:
+    """The constraint that bans one token; the same object for every request."""
+    return Constraint(banned_token_ids=np.array([token]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TokenConstraints:
+    """What one request says about its tokens, before any canvas."""
+
+    everywhere: Constraint = dataclasses.field(default_factory=Constraint)
+    """What holds at every position."""
+    min_tokens: int = 0
+    """Canvas positions at which no stop token may be written."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of two or more tokens that may not come about."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is constrained."""
+        edits = self.everywhere.edits or self.everywhere.filters
+        return edits or self.min_tokens > 0 or bool(self.bad_words)
+
+    def tokens_left(self, vocab_size: int, mask_token_id: int) -> int:
+        """Tokens left at the position with the fewest, before any bad word of several tokens."""
+        left = np.ones(vocab_size, bool)
+        if self.everywhere.allowed_token_ids is not None:
+            left[:] = False
+            left[self.everywhere.allowed_token_ids] = True
+        left[self.everywhere.banned_token_ids] = False
+        left[mask_token_id] = False
+        if self.min_tokens:
+            left[list(self.stop_token_ids)] = False
+        return int(left.sum())
+
+
+class CanvasConstraints:
+    """The constraints of one request at the positions of its canvas."""
+
+    def __init__(
+        self, constraints: TokenConstraints, prompt_len: int, *, never: int | None = None
+    ) -> None:
+        """Work out what follows from the request's constraints.
+
+        Args:
+            constraints: the request's.
+            prompt_len: where its canvas begins.
+            never: a token that is banned everywhere.
+        """
+        self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
+        self.any = constraints.any or never is not None
+        self.always = constraints.everywhere
+        if never is not None:
+            self.always = self.always.banning([never]) if constraints.any else without_token(never)
+        self.early = self.always.banning(constraints.stop_token_ids)
+        self.early_positions = range(prompt_len, prompt_len + constraints.min_tokens)
+
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether a write changes the constraints of other positions."""
+        return bool(self.bad_words)
+
+    def at(
+        self, tokens: IntArray, masked: BoolArray, positions: IntArray
+    ) -> list[Constraint] | None:
+        """[M] the constraint at each of some positions; None if none holds anywhere.
+
+        Args:
+            tokens: [L] of the sequence.
+            masked: [L] what is still to be written.
+            positions: [M] which are asked about.
+        """
+        if not self.any:
+            return None
+        completing = self._completing(tokens, masked)
+        found = []
+        for position in positions.tolist():
+            constraint = self.early if position in self.early_positions else self.always
+            if position in completing:
+                constraint = constraint.banning(completing[position])
+            found.append(constraint)
+        return found
+
+    def standing(
+        self, tokens: IntArray, masked: BoolArray, positions: IntArray, writes: IntArray
+    ) -> BoolArray:
+        """[b] which writes of one step stand, in their order, so that none completes a bad word
+        together with those before it. The constraints see to it that the first one stands.
+
+        Raises:
+            ValueError: for a write that is forbidden, which happens where nothing is permitted.
+        """
+        stand = np.ones(len(positions), bool)
+        constraints = self.at(tokens, masked, positions)
+        if constraints is None:
+            return stand
+        for position, token, constraint in zip(positions, writes, constraints, strict=True):
+            if not constraint.permits(int(token)):
+                raise ValueError(
+                    f"position {position}: expected a token that may be written, found none; "
+                    f"loosen allowed_token_ids, bad_words or min_tokens"
+                )
+        if not self.bad_words:
+            return stand
+        tokens, masked = tokens.copy(), masked.copy()
+        for n, (position, token) in enumerate(zip(positions, writes, strict=True)):
+            if int(token) in self._completing(tokens, masked).get(int(position), ()):
+                stand[n] = False
+                continue
+            tokens[position], masked[position] = token, False
+        return stand
+
+    def _completing(self, tokens: IntArray, masked: BoolArray) -> dict[int, set[int]]:
+        """Tokens that would complete a bad word, by masked position."""
+        found: dict[int, set[int]] = {}
+        for word in self.bad_words:
+            windows = len(tokens) - len(word) + 1
+            if windows < 1:
+                continue
+            places = np.arange(windows)[:, None] + np.arange(len(word))
+            differs = masked[places] | (tokens[places] != word)
+            for start in np.flatnonzero(differs.sum(-1) == 1).tolist():
+                offset = int(differs[start].argmax())
+                if masked[start + offset]:
+                    found.setdefault(start + offset, set()).add(int(word[offset]))
+        return found
+
+
+class ConstraintTable:
+    """The constraints of one pass by number, each once: 0 stands for none."""
+
+    def __init__(self, constraints: Sequence[Constraint] = ()) -> None:
+        """A table that holds some constraints already, numbered from 1 in their order."""
+        self.constraints = list(constraints)  # which keeps them alive, and their ids their own
+        self._numbers = {id(constraint): n for n, constraint in enumerate(constraints, 1)}
+
+    def numbers(self, constraints: Sequence[Constraint] | None, count: int) -> IntArray:
+        """[count] the numbers of some rows' constraints; all 0 for None."""
+        if constraints is None:
+            return np.zeros(count, np.int64)
+        return np.array([self._number(constraint) for constraint in constraints], np.int64)
+
+    def rows(
+        self, constraint_R: IntArray, device: torch.device
+    ) -> Iterator[tuple[Constraint, Tensor]]:
+        """Each constraint that some rows have, with these rows."""
+        for number in np.unique(constraint_R[constraint_R > 0]).tolist():
+            rows = torch.from_numpy(np.flatnonzero(constraint_R == number)).to(device)
+            yield self.constraints[number - 1], rows
+
+    def _number(self, constraint: Constraint) -> int:
+        if id(constraint) not in self._numbers:
+            self.constraints.append(constraint)
+            self._numbers[id(constraint)] = len(self.constraints)
+        return self._numbers[id(constraint)]

@@ -35,6 +35,13 @@ class Summary:
     """[r] nats."""
 
 
+class VocabularyMemory:
+    """Memory that steps reuse for their rows x V: log-probabilities, and a gradient of them."""
+
+    def __init__(self) -> None:
+        self.log_probs, self.gradient = Scratch(), Scratch()
+
+
 def normalise_(logits_rV: Tensor) -> Summary:
     """Turn logits into log-probabilities, in place, and summarise them on the way."""
     parts = [_normalise_(logits_rV[rows]) for rows in _in_cache(logits_rV)]

@@ -6,8 +6,6 @@ tensor-parallel group, because nothing is consumed from a shared generator.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
@@ -30,12 +28,6 @@ def uniforms(seed: int, *, step: int, positions: IntArray, stream: int) -> Float
         key = _mix(key + np.uint64(step) * _GOLDEN + np.uint64(stream + 1))
         bits = _mix(key + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def seed_of(request_id: str, model_seed: int) -> int:
-    """Seed of a request that named none: stable for its id, equal on every rank."""
-    digest = hashlib.blake2b(request_id.encode(), digest_size=8, salt=b"boe-seed").digest()
-    return int.from_bytes(digest, "big") ^ (model_seed % 2**64)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

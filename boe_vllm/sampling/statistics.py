@@ -1,5 +1,18 @@
 """From hidden states to what policies see: statistics of the logit rows, tile by tile.
 
+The order of operations from hidden states to the token that is proposed:
+
+1. Logits, one product with the vocabulary; the conditional and the unconditional hidden states of a
+   guided sequence have been combined before (`steering.guidance`).
+2. The mask token is ruled out.
+3. `allowed_token_ids`, then `logit_bias`, then banned tokens (`bad_words`, `min_tokens`,
+   `logits_eos_inf`) edit the logits (`sampling.constraints`).
+4. Softmax: entropy, confidence and margin of every row are taken here, without temperature.
+5. At temperature 0 the argmax is proposed. Above it, `softmax(logits / temperature)` is filtered by
+   `min_p`, `top_k` and `top_p`, and one random number per row draws by inversion.
+6. Where the request asks for it, confidences of late tokens become -inf (`confidence_eos_eot_inf`,
+   in the view that a policy gets).
+
 The vocabulary is large (126,464 for LLaDA-8B), so logits exist only for the rows that were asked
 for and never as a whole: no tensor of rows x V grows beyond a budget of bytes.
 
@@ -9,16 +22,16 @@ Legend: `R` logit rows, `r` rows of one tile, `V` vocabulary, `D` width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.models.functional import Scratch, accurate
-from boe_vllm.sampling.constraints import NEVER, Constraint, rows_by_constraint
-from boe_vllm.sampling.distributions import Summary, normalise_
+from boe_vllm.sampling.constraints import NEVER, Constraint, ConstraintTable
+from boe_vllm.sampling.distributions import Summary, VocabularyMemory, normalise_
 
 Tensor = torch.Tensor
 
@@ -75,11 +88,14 @@ class RowStatistics:
         return RowStatistics(**cut)
 
 
-class VocabularyMemory:
-    """Memory that steps reuse for their rows x V: log-probabilities, and a gradient of them."""
+class TokenLikelihood(NamedTuple):
+    """How likely one token is in one row."""
 
-    def __init__(self) -> None:
-        self.log_probs, self.gradient = Scratch(), Scratch()
+    token: int
+    logprob: float
+    """Nats."""
+    rank: int
+    """1 for the most likely token."""
 
 
 class LogProbabilities:
@@ -93,7 +109,8 @@ class LogProbabilities:
         mask_token_id: int,
         eos_token_id: int,
         constraint_R: BoolArray | IntArray,
-        table: Sequence[Constraint] | None = None,
+        table: ConstraintTable | None = None,
+        score_grid: float | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         memory: VocabularyMemory | None = None,
     ) -> None:
@@ -104,8 +121,9 @@ class LogProbabilities:
             hidden_RD: [R, D] final normalised hidden states.
             mask_token_id: never proposed.
             eos_token_id: of EOS.
-            constraint_R: [R] each row's rule: 0 for none, n for the n-th of the table.
-            table: the pass's rules, which may still grow; None for one, "no EOS".
+            constraint_R: [R] each row's constraint: 0 for none, n for the n-th of the table.
+            table: the pass's constraints, which may still grow; None for one that bans EOS.
+            score_grid: statistics are rounded to multiples of this; None leaves them as they are.
             budget_bytes: largest temporary.
             memory: for one pass at a time; its own by default.
         """
@@ -115,7 +133,10 @@ class LogProbabilities:
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.constraint_R = constraint_R.astype(np.int64)
-        self.table = (Constraint(banned=np.array([eos_token_id])),) if table is None else table
+        self.table = table or ConstraintTable(
+            [Constraint(banned_token_ids=np.array([eos_token_id]))]
+        )
+        self.score_grid = score_grid
         item = 8 if hidden_RD.dtype == torch.float64 else 4
         # A tile and its probabilities exist at the same time, hence a quarter for each tile.
         self.tile_rows = max(1, budget_bytes // (4 * item * model.vocab_size))
@@ -124,7 +145,7 @@ class LogProbabilities:
         self._saved_rows: Tensor | None = None
 
     def of(self, hidden_RD: Tensor, constraint_R: BoolArray | IntArray) -> LogProbabilities:
-        """The same rules for the hidden states of another pass."""
+        """The same table for the hidden states of another pass."""
         return LogProbabilities(
             self.model,
             hidden_RD,
@@ -132,6 +153,7 @@ class LogProbabilities:
             eos_token_id=self.eos_token_id,
             constraint_R=constraint_R,
             table=self.table,
+            score_grid=self.score_grid,
             budget_bytes=self.budget_bytes,
         )
 
@@ -167,12 +189,18 @@ class LogProbabilities:
 
     def filter(self, p_rV: Tensor, rows_r: IntArray) -> Tensor:
         """[r, V] tempered probabilities of some rows, 0 where a row's sample may not be."""
-        rules = self.constraint_R[rows_r]
-        if rules.any():
-            for rule, rows in rows_by_constraint(rules, self.table, p_rV.device):
-                if rule.filters:
-                    p_rV[rows] = rule.filter(p_rV[rows])
+        numbers = self.constraint_R[rows_r]
+        if numbers.any():
+            for constraint, rows in self.table.rows(numbers, p_rV.device):
+                if constraint.filters:
+                    p_rV[rows] = constraint.filter(p_rV[rows])
         return p_rV
+
+    def likelihood(self, row: int, token: int) -> TokenLikelihood:
+        """How likely a token is in one row."""
+        ((_, logp_1V),) = self.rows(np.array([row]))
+        value = logp_1V[0, token]
+        return TokenLikelihood(token, float(value), int((logp_1V[0] > value).sum()) + 1)
 
     def _compute(
         self, hidden_rD: Tensor, constraint_r: IntArray, scratch: Scratch | None = None
@@ -180,9 +208,9 @@ class LogProbabilities:
         logits = accurate(self.model.logits(hidden_rD, scratch))
         logits[:, self.mask_token_id] = NEVER
         if constraint_r.any():
-            for rule, rows in rows_by_constraint(constraint_r, self.table, logits.device):
-                if rule.edits:
-                    rule.edit(logits, rows)
+            for constraint, rows in self.table.rows(constraint_r, logits.device):
+                if constraint.edits:
+                    constraint.edit(logits, rows)
         return logits, normalise_(logits)
 
 
@@ -219,16 +247,22 @@ def read_statistics(
             tops.append(torch.stack([tokens.double(), values.double()]))
     table = torch.cat(columns, dim=1).cpu().numpy() if columns else np.zeros((6, 0))
     top = torch.cat(tops, dim=1).cpu().numpy() if tops else None
+    confidence, margin, entropy = on_grid(table[1:4], log_probs.score_grid)
     return RowStatistics(
         proposal=table[0].astype(np.int64),
-        confidence=table[1],
-        margin=table[2],
-        entropy=table[3],
+        confidence=confidence,
+        margin=margin,
+        entropy=entropy,
         finite=table[4] > 0,
         rank=table[5].astype(np.int64),
         top_tokens=None if top is None else top[0].astype(np.int64),
         top_logprobs=None if top is None else top[1],
     )
+
+
+def on_grid(values: FloatArray, grid: float | None) -> FloatArray:
+    """The values as multiples of `grid`, so that rounding noise below it decides nothing."""
+    return values if grid is None else np.round(values / grid) * grid
 
 
 def _propose(

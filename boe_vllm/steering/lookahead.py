@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
+from boe_vllm.models.cache import CachedRows
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.sampling import randomness
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.guidance import guided, with_unconditional
 from boe_vllm.steering.queries import Lookahead, Prospect
@@ -145,13 +147,24 @@ def _predict(
     x = _write_softly(current, model.embed(layout.tokens), layout, everyone, soft)
     context = None
     if any(layout.frozen_lens):
-        assert current.open_cache is not None
+        assert current.pool is not None
         reads = [None if step.cache is None or step.cache.refresh else step.cache for step in steps]
-        context = current.open_cache(layout, reads + [None] * len(unconditional))
+        context = CachedRows(current.pool, layout, reads + [None] * len(unconditional))
     hidden, _ = model.run(x, layout, context)
     hidden = guided(hidden, layout, unconditional, guides)
     counts = layout.logit_lens[: len(states)]
-    rules = [step.rules(s.rows.wanted_positions) for step, s in zip(steps, states, strict=True)]
+    table = current.log_probs.table
+    rules = [
+        table.numbers(
+            step.constraints.at(
+                s.rows.tokens,
+                s.rows.tokens == current.log_probs.mask_token_id,
+                s.rows.wanted_positions,
+            ),
+            len(s.rows.wanted_positions),
+        )
+        for step, s in zip(steps, states, strict=True)
+    ]
     log_probs = current.log_probs.of(hidden, np.concatenate(rules))
     statistics = read_statistics(
         log_probs,
@@ -165,7 +178,12 @@ def _predict(
             ),
             uniform=np.concatenate(
                 [
-                    step.uniforms(s.rows.wanted_positions)
+                    randomness.uniforms(
+                        step.seed,
+                        step=step.step,
+                        positions=s.rows.wanted_positions,
+                        stream=randomness.WRITE,
+                    )
                     for step, s in zip(steps, states, strict=True)
                 ]
             ),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import IntArray
 from boe_vllm.base.clock import Clock
+from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.rows import RowLayout, SequenceRows
-from boe_vllm.models.saved import KeyValueContext, SavedPass
+from boe_vllm.models.saved import SavedPass
+from boe_vllm.sampling.constraints import CanvasConstraints
 from boe_vllm.sampling.statistics import LogProbabilities
 from boe_vllm.steering.guidance import Guidance
 
@@ -29,15 +30,11 @@ class NextStep:
     """How a sequence's next step would be computed and would propose tokens."""
 
     temperature: float
-    """Of its proposals."""
-    uniforms: Callable[[IntArray], FloatArray]
-    """The random numbers behind them, for given positions."""
-    rules: Callable[[IntArray], IntArray] = np.zeros_like
-    """The rules of its predictions, as numbers for `LogProbabilities`, for given positions."""
+    seed: int
+    step: int
+    constraints: CanvasConstraints
     top_logprobs: int = 0
-    """Most likely tokens that the request reports per row."""
     cache: CachePlan | None = None
-    """What it would read from or store in the request's cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +59,7 @@ class DenoisingPass:
     unconditional: Mapping[int, int] = dataclasses.field(default_factory=dict)
     """Guided sequence -> place of its unconditional unconditional in the layout, after the sequences. The
     log-probabilities are the guided ones and have no rows of unconditional."""
-    open_cache: Callable[[RowLayout, Sequence[CachePlan | None]], KeyValueContext] | None = None
+    pool: KeyValuePool | None = None
     """Where a further pass finds the stored keys and values of its sequences."""
     row_budget: int = DEFAULT_ROW_BUDGET
     """Most rows of one look-ahead pass."""

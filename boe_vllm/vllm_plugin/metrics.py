@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from boe_vllm.decoding.counters import CENTI, MICRO, PREFIX
+from boe_vllm.decoding.accounting import CENTI, MICRO, PREFIX
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +28,7 @@ COUNTERS = {
 }
 BY_LABEL = {
     "denoising_steps": ("policy", "Denoising steps of single requests."),
-    "seconds": ("part", "Time of engine steps, by part: forward, surrogate, backward, policy."),
+    "seconds": ("part", "Time of engine steps, by part: forward, queries, backward, policy."),
 }
 GAUGES = {
     "cache_rows": "Rows of keys and values that requests with a cache may hold.",

@@ -17,9 +17,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
-from boe_vllm.decoding.canvas import ResolvedRequest, TokenLogprobs
+from boe_vllm.decoding.accounting import TokenLogprobs
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.request.limits import EngineSettings
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.vllm_plugin.admission import plan_request, server_config
 from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
 from boe_vllm.vllm_plugin.token_fields import token_constraints_of
@@ -81,9 +83,9 @@ class DiffusionModelRunner:
         rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
             self.model,
-            mask_token_id=config.mask_token_id,
-            eos_token_id=config.eos_token_id,
-            late_tokens=frozenset(late),
+            special=SpecialTokens(
+                mask=config.mask_token_id, eos=config.eos_token_id, late=frozenset(late)
+            ),
             device=self.device,
             budget_bytes=settings.logits_budget_mb * 2**20,
             cache_rows=rows,
@@ -185,7 +187,7 @@ class DiffusionModelRunner:
             seed=params.seed or 0,  # admission gives every request a seed
             logprobs=count is not None,
             top_logprobs=self.model.vocab_size if count == -1 else count or 0,
-            token_constraints=token_constraints_of(
+            constraints=token_constraints_of(
                 config, params, self.model_config.hf_config.mask_token_id
             ),
         )

@@ -13,8 +13,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from boe_vllm.request.config import SamplerConfig, plain
 from boe_vllm.request.given_text import Encode, split_given_text
-from boe_vllm.sampling.canvas_constraints import TokenConstraints
-from boe_vllm.sampling.constraints import Constraint
+from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -118,7 +117,7 @@ def check_tokens(
         raise ValueError(
             f"logit_bias: expected finite numbers, got {sampling_params.logit_bias}; correct them"
         )
-    if not token_constraints_of(config, sampling_params, mask).candidates(vocab_size, mask):
+    if not token_constraints_of(config, sampling_params, mask).tokens_left(vocab_size, mask):
         raise ValueError(
             "allowed_token_ids: expected at least one token that bad_words and min_tokens leave "
             "over, got none; loosen one of them"
@@ -138,17 +137,19 @@ def token_constraints_of(
     template = config.given_text.template(mask_token_id) or []
     texts = [place for place, token in enumerate(template, 1) if token != mask_token_id]
     return TokenConstraints(
-        rule=Constraint(
-            allowed=None if allowed is None else np.unique(np.array(allowed, np.int64)),
-            banned=np.array(sorted({word[0] for word in words if len(word) == 1}), np.int64),
-            biased=np.array(list(bias), np.int64),
-            bias=np.array(list(bias.values()), np.float64),
+        everywhere=Constraint(
+            allowed_token_ids=None if allowed is None else np.unique(np.array(allowed, np.int64)),
+            banned_token_ids=np.array(
+                sorted({word[0] for word in words if len(word) == 1}), np.int64
+            ),
+            biased_token_ids=np.array(list(bias), np.int64),
+            logit_bias=np.array(list(bias.values()), np.float64),
             top_k=max(0, sampling_params.top_k),
             top_p=sampling_params.top_p,
             min_p=sampling_params.min_p,
         ),
         min_tokens=max([sampling_params.min_tokens, *texts]),
-        stop_tokens=tuple(sorted(sampling_params.all_stop_token_ids)),
+        stop_token_ids=tuple(sorted(sampling_params.all_stop_token_ids)),
         bad_words=tuple(word for word in words if len(word) > 1),
     )
 

@@ -13,6 +13,7 @@ from oracle import Dense, random_weights, small_config
 from test_loop import NEEDED, finish, make_loop, params_of
 from test_policy_rules_local import COUNTS
 
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models import build
@@ -107,9 +108,7 @@ def test_the_bundled_model_commits_as_the_transcription_does(tiny, fields, rule)
     config = model.config
     loop = DenoisingLoop(
         model,
-        mask_token_id=config.mask_token_id,
-        eos_token_id=config.eos_token_id,
-        late_tokens=frozenset(),
+        special=SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id),
         device=torch.device("cpu"),
     )
     task = TASKS["sudoku4"]
@@ -185,7 +184,7 @@ def test_origin_ends_within_its_steps_and_passes_over_idle_ones(random_model):
 @pytest.mark.parametrize("fields", [c[0] for c in CASES], ids=label)
 def test_every_policy_ends_and_leaves_no_mask(random_model, fields, late, temperature):
     model, _ = random_model
-    loop = make_loop(model, late_tokens=frozenset(range(0, 28, 2)))
+    loop = make_loop(model, late=frozenset(range(0, 28, 2)))
     for seed in range(4):
         loop.add(
             str(seed),

@@ -11,6 +11,7 @@ from test_lookahead import soft_state
 from test_loop import finish, params_of
 from toy import steps_by
 
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
@@ -53,9 +54,7 @@ def test_the_bundled_model_commits_as_the_transcription_does(tiny, fields, rule,
     config = model.config
     loop = DenoisingLoop(
         model,
-        mask_token_id=config.mask_token_id,
-        eos_token_id=config.eos_token_id,
-        late_tokens=frozenset(),
+        special=SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id),
         device=torch.device("cpu"),
     )
     task = TASKS["sudoku4"]

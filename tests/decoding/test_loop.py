@@ -8,12 +8,13 @@ import pytest
 import torch
 from oracle import random_weights, small_config
 
-from boe_vllm.decoding.canvas import Canvas, ResolvedRequest
+from boe_vllm.decoding.canvas import Canvas, SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import random_model
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.steering.queries import TokenImportance
 
 MASK, EOS = 28, 27
@@ -44,14 +45,9 @@ def model():
     return model
 
 
-def make_loop(model, **changes):
-    fields = dict(
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        late_tokens=frozenset({EOS}),
-        device=torch.device("cpu"),
-    )
-    return DenoisingLoop(model, **(fields | changes))
+def make_loop(model, *, eos=EOS, late=frozenset({EOS}), **changes):
+    special = SpecialTokens(mask=MASK, eos=eos, late=late)
+    return DenoisingLoop(model, special=special, device=torch.device("cpu"), **changes)
 
 
 def params_of(fields, *, prompt_len=4, max_tokens=16, temperature=0.0, seed=0, **changes):
@@ -188,10 +184,8 @@ def test_the_longest_committed_prefix_is_emitted_as_it_grows(model):
     canvas = Canvas(
         [1, 2],
         params_of({"block_length": 8}, prompt_len=2, max_tokens=8),
-        mask_token_id=MASK,
-        eos_token_id=EOS,
+        special=SpecialTokens(mask=MASK, eos=EOS),
         vocab_size=29,
-        late_tokens=frozenset(),
     )
     emitted = []
     for position in (3, 2, 9, 4, 5, 6, 7, 8):
@@ -281,7 +275,7 @@ def test_eos_options_do_what_their_names_say(model):
     eos = EOS
 
     def tokens_with(fields, temperature=3.0):
-        loop = make_loop(model, eos_token_id=eos, late_tokens=frozenset({eos}))
+        loop = make_loop(model, eos=eos, late=frozenset({eos}))
         for seed in range(20):
             loop.add(
                 str(seed),
@@ -398,7 +392,7 @@ def test_an_ask_that_cannot_be_answered_fails_its_own_request(model):
     assert reports["good"] == want["good"]
 
 
-def test_the_tally_adds_up_to_the_reports(model):
+def test_the_counters_add_up_to_the_reports(model):
     loop = make_loop(model)
     for n, policy in enumerate(["boe", "confidence", "remdm", "confidence"]):
         fields = {"policy": policy, "tokens_per_step": 2, "cache": "none"}
@@ -421,5 +415,5 @@ def test_the_tally_adds_up_to_the_reports(model):
     assert sum(per_step.values()) == steps
     assert sum(k * v for k, v in per_step.items()) == counters["boe/committed_tokens"]
     parts = {k.rsplit("/")[-1] for k in counters if k.startswith("boe/seconds/")}
-    assert parts == {"forward", "surrogate", "backward", "policy"}
+    assert parts == {"forward", "queries", "backward", "policy"}
     assert not [key for key in loop.read_counters() if "cache" not in key]

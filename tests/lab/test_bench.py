@@ -13,7 +13,6 @@ from oracle import Dense, random_weights, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boe_vllm.decoding.canvas import ResolvedRequest
 from boe_vllm.lab.bench import baseline, common, main, steering
 from boe_vllm.lab.bench.agreement import Commits, from_trace, is_tie
 from boe_vllm.lab.bench.baseline import PlainLLaDA
@@ -25,6 +24,7 @@ from boe_vllm.lab.bench.steering import block_mean, sampled_counts
 from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.resolved import ResolvedRequest
 
 TINY = ["--d-model", "32", "--layers", "1", "--heads", "2", "--vocab", "50", "--requests", "2"]
 TINY += ["--repeats", "1", "--threads", "1"]

@@ -19,6 +19,7 @@ from test_importance import oracle
 
 from boe_vllm import cli
 from boe_vllm.decoding.accounting import Account
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.eval import tables
 from boe_vllm.lab.pictures import bars, curves, figure, packages, plot, results, timeline, watch
@@ -164,9 +165,7 @@ def small_loop(masked):
     model.load_weights(weights.items())
     loop = DenoisingLoop(
         model,
-        mask_token_id=28,
-        eos_token_id=27,
-        late_tokens=frozenset(),
+        special=SpecialTokens(mask=28, eos=27),
         device=torch.device("cpu"),
     )
     config_ = parse_sampler_config({"policy": "confidence", "block_length": masked})
@@ -228,7 +227,7 @@ def prediction(made, writes):
     state.account = Account()
     for position, token in writes.items():
         state.tokens[position], state.masked[position] = token, False
-    return made.loop.predict([state])[1]
+    return made.loop.predict([state])[2]
 
 
 def test_influence_at_the_attention_outputs_is_nearest_to_what_writing_does(denoiser):

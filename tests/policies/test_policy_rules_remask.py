@@ -13,7 +13,7 @@ from test_loop import EOS, finish, make_loop, params_of
 from test_loop import MASK as MODEL_MASK
 from toy import MASK, Driven, Toy, steps_by, without_repeats
 
-from boe_vllm.decoding.views import view_of
+from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
@@ -409,7 +409,7 @@ def test_errors_name_the_field(fields, message):
 def test_remasking_policies_stream_over_the_loop(networks):
     model, _ = networks
     fields = {"policy": "remdm-llada", "block_length": 8, "remask_number": 2}
-    loop = make_loop(model, late_tokens=frozenset({EOS}))
+    loop = make_loop(model, late=frozenset({EOS}))
     loop.add("x", [1, 2], params_of(fields, prompt_len=2, max_tokens=16, temperature=1.0, seed=1))
     canvas = loop.canvases["x"]
     tokens, _ = finish(loop)

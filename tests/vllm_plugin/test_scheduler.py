@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from boe_vllm.decoding.canvas import TokenLogprobs
+from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import StepResult
 from boe_vllm.vllm_plugin.admission import admit
 from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput

@@ -96,7 +96,7 @@ def pass_over(
 ) -> tuple[DenoisingPass, list[RowStatistics]]:
     """The forward over the states with all that queries may need, and its statistics per state."""
     _open(loop, states, {"policy": "boe", "preset": "kv"})  # which keeps the masked rows
-    current, statistics = loop.predict(list(loop.canvases.values()))
+    _, current, statistics = loop.predict(list(loop.canvases.values()))
     parts = [
         statistics.part(slice(start, start + len(state.masked)))
         for start, state in zip(current.layout.logit_starts, states, strict=True)
@@ -117,7 +117,7 @@ def _open(loop: DenoisingLoop, states: Sequence[DecodedState], fields: Mapping[s
     clear(loop)
     for n, state in enumerate(states):
         start = len(state.tokens) - state.canvas
-        template = _template(state.tokens[start:], loop.mask_token_id)
+        template = _template(state.tokens[start:], loop.special.mask)
         config = parse_sampler_config(
             {"block_length": state.canvas, "canvas_template": template, **fields},
             base=SamplerConfig(),

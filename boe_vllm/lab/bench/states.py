@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
-from boe_vllm.decoding.canvas import ResolvedRequest
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.request.resolved import ResolvedRequest
 
 DENSE = "dense"
 """The naive step of `bench.dense`, beside the variants."""
@@ -76,9 +77,7 @@ def open_loop(args: argparse.Namespace, model: Decoder) -> DenoisingLoop:
     config = model.config
     return DenoisingLoop(
         model,
-        mask_token_id=config.mask_token_id,
-        eos_token_id=config.eos_token_id or 0,
-        late_tokens=frozenset(),
+        special=SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id or 0),
         device=torch.device(args.device),
     )
 

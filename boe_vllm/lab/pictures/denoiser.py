@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import boe_vllm
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import load_model
 from boe_vllm.models.decoder import Decoder
@@ -43,9 +44,7 @@ class Denoiser:
         late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
         return DenoisingLoop(
             self.model,
-            mask_token_id=config.mask_token_id,
-            eos_token_id=config.eos_token_id,
-            late_tokens=late,
+            special=SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late),
             device=self.device,
             cache_rows=cache_rows,
         )

@@ -56,7 +56,7 @@ def influence(
     probe = copy.copy(canvas)
     probe.policy, probe.account = Probe(PolicyConfig()), Account()
     probe.cache = probe.carried = None
-    current, _ = loop.predict([probe])
+    _, current, _ = loop.predict([probe])
     everyone = np.arange(len(canvas.writable()))
     changes = np.zeros((len(everyone), len(everyone)))
     for j in everyone:

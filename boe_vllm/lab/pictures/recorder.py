@@ -7,12 +7,11 @@ Tokens, forwards and backwards are those of the engine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from boe_vllm.decoding.accounting import TokenLikelihood
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.lab.eval.cells import item_seed
 from boe_vllm.lab.pictures.denoiser import Denoiser
@@ -23,7 +22,7 @@ from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
 
 REQUEST = "0"
 
@@ -65,11 +64,11 @@ class ObservedCanvas(Canvas):
         view: View,
         rows: slice,
         statistics: RowStatistics,
-        likelihood: Callable[[int, int], TokenLikelihood] | None = None,
+        log_probs: LogProbabilities | None = None,
     ) -> None:
         """Write as ever; then note what was seen before and what was written."""
         masked, tokens = self.masked.copy(), self.tokens[self.prompt_len :].tolist()
-        super().apply(commit, view, rows, statistics, likelihood)
+        super().apply(commit, view, rows, statistics, log_probs)
         own = statistics.part(slice(rows.start, rows.start + len(view.positions)))
         assert own.top_tokens is not None and own.top_logprobs is not None
         written = np.flatnonzero(masked & ~self.masked)
@@ -153,10 +152,8 @@ class Recorder:
                 logprobs=True,
                 top_logprobs=min(top, own.vocab_size),
             ),
-            mask_token_id=own.mask_token_id,
-            eos_token_id=own.eos_token_id,
+            special=self.loop.special,
             vocab_size=own.vocab_size,
-            late_tokens=self.loop.late_tokens,
             pool=self.loop.pool,
         )
         self._sent: list[int] = []
@@ -204,7 +201,7 @@ class Recorder:
 
     @property
     def _ended(self) -> bool:
-        if self.loop.eos_token_id in self._sent:
+        if self.loop.special.eos in self._sent:
             return True
         return any(stop in self._decoded() for stop in self._stops())
 
@@ -238,8 +235,8 @@ def recording(request: Request, recorders: Iterable[Recorder]) -> Recording:
         seed=request.seed,
         prompt=request.prompt,
         width=request.width,
-        mask_token=loop.mask_token_id,
-        eos_token=loop.eos_token_id,
+        mask_token=loop.special.mask,
+        eos_token=loop.special.eos,
         vocabulary={token: denoiser.word(token) for token in sorted(used)},
         trajectories=trajectories,
     )

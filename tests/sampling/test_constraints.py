@@ -1,4 +1,4 @@
-"""What a request token_constraints of its tokens holds at every position, whoever writes it and when."""
+"""What a request says about its tokens holds at every position, whoever writes it and when."""
 
 import itertools
 
@@ -10,17 +10,16 @@ from test_loop import EOS, MASK, NEEDED, finish, make_loop, model, params_of  # 
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.request.config import plan_canvas
 from boe_vllm.request.given_text import GivenText
-from boe_vllm.sampling.canvas_constraints import CanvasConstraints, TokenConstraints
-from boe_vllm.sampling.constraints import NEVER, Constraint
+from boe_vllm.sampling.constraints import NEVER, CanvasConstraints, Constraint, TokenConstraints
 
 VOCAB = 29
 POLICIES = sorted(POLICY_NAMES)
 
 
-def run(
+def run(  # noqa: F811
     model,
     fields,
-    token_constraints,
+    constraints,
     *,
     temperature=1.0,
     seed=0,
@@ -36,7 +35,7 @@ def run(
         prompt_len=len(prompt),
         temperature=temperature,
         seed=seed,
-        token_constraints=token_constraints,
+        constraints=constraints,
         **changes,
     )
     for n in range(others):
@@ -70,10 +69,10 @@ def test_filters_are_vllms(top_k, top_p, min_p):
 def test_edits_are_of_the_named_rows_only():
     logits = torch.zeros(3, VOCAB)
     rule = Constraint(
-        allowed=np.array([1, 2, 3]),
-        banned=np.array([2]),
-        biased=np.array([3, 9]),
-        bias=np.array([1.5, 4.0]),
+        allowed_token_ids=np.array([1, 2, 3]),
+        banned_token_ids=np.array([2]),
+        biased_token_ids=np.array([3, 9]),
+        logit_bias=np.array([1.5, 4.0]),
     )
     rule.edit(logits, torch.tensor([0, 2]))
     assert logits[1].eq(0).all()
@@ -88,8 +87,8 @@ def test_a_bad_word_forbids_the_token_that_would_complete_it():
     table = CanvasConstraints(TokenConstraints(bad_words=((5, 6, 7),)), prompt_len=0)
     tokens = np.array([MASK, 6, 7, MASK, 5, MASK, 7, MASK])
     masked = tokens == MASK
-    rules = table.rules(tokens, masked, np.flatnonzero(masked))
-    assert [rule.banned.tolist() for rule in rules] == [[5], [], [6], []]
+    rules = table.at(tokens, masked, np.flatnonzero(masked))
+    assert [rule.banned_token_ids.tolist() for rule in rules] == [[5], [], [6], []]
     # Together, two writes of one step would make the word: the second does not stand.
     blank = np.full(3, MASK)
     stand = table.standing(blank, blank == MASK, np.array([2, 0, 1]), np.array([7, 5, 6]))
@@ -102,25 +101,25 @@ def test_a_bad_word_forbids_the_token_that_would_complete_it():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_keeps_every_demand(model, policy):  # noqa: F811
     allowed = np.array([2, 3, 5, 7, 11, EOS])
-    token_constraints = TokenConstraints(
-        rule=Constraint(allowed=allowed, banned=np.array([5]), top_k=4),
+    constraints = TokenConstraints(
+        everywhere=Constraint(allowed_token_ids=allowed, banned_token_ids=np.array([5]), top_k=4),
         min_tokens=9,
-        stop_tokens=(EOS,),
+        stop_token_ids=(EOS,),
         bad_words=((2, 3), (7, 7)),
     )
     fields = {"policy": policy, "tokens_per_step": 3}
-    tokens, report = run(model, fields, token_constraints, seed=2)
+    tokens, report = run(model, fields, constraints, seed=2)
     assert set(tokens) <= {2, 3, 7, 11, EOS}
     assert EOS not in tokens[:9]
     assert not {(2, 3), (7, 7)} & set(itertools.pairwise(tokens))
-    assert run(model, fields, token_constraints, seed=2, others=3) == (tokens, report)
+    assert run(model, fields, constraints, seed=2, others=3) == (tokens, report)
 
 
 def test_a_large_bias_decides(model):  # noqa: F811
-    token_constraints = TokenConstraints(
-        rule=Constraint(biased=np.array([6]), bias=np.array([100.0]))
+    constraints = TokenConstraints(
+        everywhere=Constraint(biased_token_ids=np.array([6]), logit_bias=np.array([100.0]))
     )
-    tokens, _ = run(model, {"policy": "confidence"}, token_constraints)
+    tokens, _ = run(model, {"policy": "confidence"}, constraints)
     assert set(tokens) == {6}
 
 
@@ -128,15 +127,29 @@ def test_top_k_of_one_is_the_argmax(model):  # noqa: F811
     fields = {"policy": "confidence", "trace": True}
     greedy = run(model, fields, TokenConstraints(), temperature=0.0)
     assert (
-        run(model, fields, TokenConstraints(rule=Constraint(top_k=1)), temperature=2.0, seed=3)
+        run(
+            model, fields, TokenConstraints(everywhere=Constraint(top_k=1)), temperature=2.0, seed=3
+        )
         == greedy
     )
     assert (
-        run(model, fields, TokenConstraints(rule=Constraint(top_p=1e-9)), temperature=2.0, seed=3)
+        run(
+            model,
+            fields,
+            TokenConstraints(everywhere=Constraint(top_p=1e-9)),
+            temperature=2.0,
+            seed=3,
+        )
         == greedy
     )
     assert (
-        run(model, fields, TokenConstraints(rule=Constraint(min_p=1.0)), temperature=2.0, seed=3)
+        run(
+            model,
+            fields,
+            TokenConstraints(everywhere=Constraint(min_p=1.0)),
+            temperature=2.0,
+            seed=3,
+        )
         == greedy
     )
     assert run(model, fields, TokenConstraints(), temperature=2.0, seed=3) != greedy
@@ -145,7 +158,7 @@ def test_top_k_of_one_is_the_argmax(model):  # noqa: F811
 def test_filters_change_no_confidence(model):  # noqa: F811
     """They restrict the sample; policies still see the model's own probabilities."""
     fields = {"policy": "confidence", "trace": True, "tokens_per_step": 16, "block_length": 16}
-    _, report = run(model, fields, TokenConstraints(rule=Constraint(top_k=1)))
+    _, report = run(model, fields, TokenConstraints(everywhere=Constraint(top_k=1)))
     _, greedy = run(model, fields, TokenConstraints(), temperature=0.0)
     assert report["trace"]["confidence"] == greedy["trace"]["confidence"]
     assert max(report["trace"]["confidence"]) < 0.999
@@ -153,12 +166,12 @@ def test_filters_change_no_confidence(model):  # noqa: F811
 
 def test_demands_that_leave_nothing_fail_the_request_alone(model):  # noqa: F811
     """Of two tokens one may not follow itself nor the other: a third position has none left."""
-    token_constraints = TokenConstraints(
-        rule=Constraint(allowed=np.array([2])), bad_words=((2, 2),)
+    constraints = TokenConstraints(
+        everywhere=Constraint(allowed_token_ids=np.array([2])), bad_words=((2, 2),)
     )
     loop = make_loop(model)
     fields = {"policy": "confidence", "tokens_per_step": 8}
-    loop.add("x", [1], params_of(fields, prompt_len=1, token_constraints=token_constraints))
+    loop.add("x", [1], params_of(fields, prompt_len=1, constraints=constraints))
     loop.add("y", [1], params_of(fields, prompt_len=1))
     errors = {}
     for _ in range(4):
@@ -172,10 +185,15 @@ def test_demands_that_leave_nothing_fail_the_request_alone(model):  # noqa: F811
 
 
 def test_only_the_tokens_left_are_counted():
-    rule = Constraint(allowed=np.array([1, 2, MASK]), banned=np.array([1]))
-    assert TokenConstraints(rule=rule).candidates(VOCAB, MASK) == 1
-    assert TokenConstraints(rule=rule, min_tokens=1, stop_tokens=(2,)).candidates(VOCAB, MASK) == 0
-    assert TokenConstraints().candidates(VOCAB, MASK) == VOCAB - 1
+    rule = Constraint(allowed_token_ids=np.array([1, 2, MASK]), banned_token_ids=np.array([1]))
+    assert TokenConstraints(everywhere=rule).tokens_left(VOCAB, MASK) == 1
+    assert (
+        TokenConstraints(everywhere=rule, min_tokens=1, stop_token_ids=(2,)).tokens_left(
+            VOCAB, MASK
+        )
+        == 0
+    )
+    assert TokenConstraints().tokens_left(VOCAB, MASK) == VOCAB - 1
 
 
 # ---- templates, infilling, answers ---------------------------------------------------------------
