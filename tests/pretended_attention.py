@@ -1,6 +1,7 @@
 """PyTorch's attention kernels for CUDA by dense arithmetic, for the pretended device.
 
-Their formats are the kernels'. Variable lengths only: `cum_seq` or `cu_seqlens` give the first row of each sequence and the total.
+Their formats are the kernels'. Variable lengths only: `cum_seq` or `cu_seqlens` give the first row
+of each sequence and the total.
 """
 
 from __future__ import annotations
@@ -199,6 +200,7 @@ def _efficient_backward(
 def _check_lengths(starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int) -> None:
     """The kernels read 32-bit starts, and no further than the longest sequence they are told of."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
+    assert len(starts_q) == len(starts_k)
     assert int(starts_q.diff().max()) <= max_q and int(starts_k.diff().max()) <= max_k
 
 

@@ -12,6 +12,7 @@ PyTorch's attention kernels (`pretended_attention`), since each is one kernel on
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pretended_attention
@@ -28,7 +29,6 @@ from pretended_counts import (
     line_of_package,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
@@ -137,8 +137,7 @@ class PretendedDevice(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Do an operation on the tensors held, and count what it is."""
-        name, given = _name(func), tree_flatten((args, kwargs))[0]
-        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        name, tensors = _name(func), _tensors([*args, *kwargs.values()])
         ours = [x for x in tensors if isinstance(x, Pretended)]
         if ours and name in _UNSUPPORTED:
             raise NotImplementedError(f"the pretended device has no {name}")
@@ -152,7 +151,7 @@ class PretendedDevice(TorchDispatchMode):
         if _launches(func, name, result) and not self._is_copy(name, args, ours):
             self.counts.note(LAUNCH)
         known = {id(x.held): x for x in ours}
-        return tree_map(lambda x: _wrapped(x, known), result)
+        return _mapped(lambda x: _wrapped(x, known), result)
 
     def _place(
         self,
@@ -185,7 +184,8 @@ class PretendedDevice(TorchDispatchMode):
         return bool(ours) or (target is not None and target.type == "cuda")
 
     def _compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        held_args, held_kwargs = tree_map(_held, (args, kwargs))
+        held_args = _mapped(_held, args)
+        held_kwargs = {key: _mapped(_held, value) for key, value in kwargs.items()}
         if held_kwargs.get("pin_memory"):
             held_kwargs["pin_memory"] = False
         if _name(func) == "_pin_memory":
@@ -219,8 +219,8 @@ class PretendedDevice(TorchDispatchMode):
         if name in _DATA_SIZES or f"{name}.{func._overloadname}" in _DATA_SIZES:
             self.counts.note(DATA_SIZE)
         if name in _INDEXING and isinstance(args[1], list | tuple):
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            self.counts.note(DATA_SIZE, len(masks))
+            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+                self.counts.note(DATA_SIZE)
 
     def _is_copy(self, name: str, args: tuple, ours: list[Pretended]) -> bool:
         """A copy from the host, which has been noted as such."""
@@ -256,8 +256,26 @@ def _launches(func: Any, name: str, result: Any) -> bool:
         return False
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         return False  # a view
-    made = [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
+    made = _tensors([result])
     return not made or any(x.numel() for x in made)
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """All tensors among some values, and in lists of them."""
+    found: list[torch.Tensor] = []
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, list | tuple):
+            found += _tensors(x)
+    return found
+
+
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """A value changed, or every entry of a list or tuple."""
+    if isinstance(x, list | tuple):
+        return type(x)(_mapped(change, entry) for entry in x)
+    return change(x)
 
 
 def _held(x: Any) -> Any:
