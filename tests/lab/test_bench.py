@@ -23,7 +23,8 @@ from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop,
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
 from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import SCORE_GRID
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 
 TINY = ["--d-model", "32", "--layers", "1", "--heads", "2", "--vocab", "50", "--requests", "2"]
@@ -144,9 +145,6 @@ def test_an_unknown_benchmark_or_option_names_what_is_known(capsys):
     with pytest.raises(SystemExit):
         main(["steering", "--device", "tpu"])
     assert "cpu or cuda" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["policies", "--no-run"])
-    assert "--no-run: expected --cells FILE" in capsys.readouterr().err
     with pytest.raises(common.UsageError, match="--parts: expected --device cpu beside it"):
         steering.run(argparse.Namespace(parts=True, device="cuda"))
 
