@@ -21,7 +21,7 @@ from boe_vllm.decoding.batch import StepBatch, pack_step
 from boe_vllm.decoding.canvas import Canvas, SpecialTokens
 from boe_vllm.decoding.policy_step import Errors, decide, views_of
 from boe_vllm.models.cache import CachedRows, KeyValuePool
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.functional import Scratch
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
@@ -57,7 +57,7 @@ class DenoisingLoop:
 
     def __init__(
         self,
-        model: LLaDAForDiffusion,
+        model: Decoder,
         *,
         special: SpecialTokens,
         device: torch.device,

@@ -6,11 +6,12 @@ positions travel with the rows. So each sequence's rows are stored in two groups
     [ logit rows | other live rows ]
 
 Logit rows are those whose predictions are wanted: the masked ones first, then any further ones.
-The rows that a backward needs ("active rows first") are the masked logit rows or all live rows, so
-they come first as well. Sequences follow each other; keys that are frozen (a cache, or the rows
-outside a partial pass) come after a sequence's live keys.
+The rows that are saved for a backward are the masked logit rows or all live rows, so they come
+first as well. Sequences follow each other; keys that are frozen (a cache, or the rows outside a
+partial pass) come after a sequence's live keys.
 
-Legend: `T` packed live rows, `R` packed logit rows, `K` packed kept rows, `S` sequences.
+Legend: `L` positions of a sequence, `B` sequences of a pass, `T` packed live rows, `R` packed logit
+rows, `A` packed saved rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SequenceRows:
     extra_positions: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Further positions whose predictions are wanted, ascending; their rows come after."""
     keep: Literal["none", "masked", "all"] = "none"
-    """Rows whose activations are kept: none, those of `logit_positions`, or all live rows."""
+    """Rows that are saved for a backward: none, those of `logit_positions`, or all live rows."""
     live_positions: IntArray | None = None
     """Positions that are computed; None for all."""
     frozen_rows: int = 0
@@ -56,7 +57,7 @@ class SequenceRows:
 
     @property
     def saved_rows(self) -> int:
-        """Rows whose activations are kept."""
+        """Rows that are saved for a backward."""
         return {"none": 0, "masked": len(self.logit_positions), "all": self.live_rows}[self.keep]
 
 
@@ -69,15 +70,15 @@ class RowLayout:
     positions: torch.Tensor
     """[T] int64 rotary positions, on the device."""
     live_lens: tuple[int, ...]
-    """[S] live rows per sequence."""
+    """[B] live rows per sequence."""
     logit_lens: tuple[int, ...]
-    """[S] logit rows per sequence."""
+    """[B] logit rows per sequence."""
     saved_lens: tuple[int, ...]
-    """[S] kept rows per sequence."""
+    """[B] saved rows per sequence."""
     frozen_lens: tuple[int, ...]
-    """[S] frozen keys per sequence."""
+    """[B] frozen keys per sequence."""
     row_positions: tuple[IntArray, ...]
-    """[S] positions of each sequence's live rows in their packed order (host)."""
+    """[B] positions of each sequence's live rows in their packed order (host)."""
 
     @property
     def device(self) -> torch.device:
@@ -86,32 +87,32 @@ class RowLayout:
 
     @functools.cached_property
     def live_starts(self) -> tuple[int, ...]:
-        """[S] first packed row of each sequence."""
+        """[B] first packed row of each sequence."""
         return _starts(self.live_lens)
 
     @functools.cached_property
     def logit_starts(self) -> tuple[int, ...]:
-        """[S] first packed logit row of each sequence."""
+        """[B] first packed logit row of each sequence."""
         return _starts(self.logit_lens)
 
     @functools.cached_property
     def saved_starts(self) -> tuple[int, ...]:
-        """[S] first packed kept row of each sequence."""
+        """[B] first packed saved row of each sequence."""
         return _starts(self.saved_lens)
 
     @functools.cached_property
     def logit_index(self) -> torch.Tensor:
-        """[R] packed rows of the logit rows."""
+        """[R] packed live rows whose predictions are wanted."""
         return _heads(self.live_starts, self.logit_lens).to(self.device)
 
     @functools.cached_property
     def saved_index(self) -> torch.Tensor:
-        """[K] packed rows of the kept rows."""
+        """[A] packed live rows that are saved."""
         return _heads(self.live_starts, self.saved_lens).to(self.device)
 
     @functools.cached_property
     def attention(self) -> AttentionLayout:
-        """Queries: the live rows; keys: the live rows, then the frozen ones; active: the kept."""
+        """Queries: the live rows; keys: the live rows, then the frozen; active: the saved rows."""
         return AttentionLayout(
             q_seqlens=self.live_lens,
             kv_seqlens=tuple(

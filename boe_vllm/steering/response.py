@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from boe_vllm.models.functional import accurate
-from boe_vllm.models.parallel import sum_over_ranks
 from boe_vllm.steering.parts import PairMember
 from boe_vllm.steering.step import DenoisingPass
 from boe_vllm.steering.surrogate import Revealed
@@ -74,7 +73,7 @@ class Responses:
         rows = self._saved_rows(part)
         keys = accurate(dk_AGP[rows]) * accurate(self.changes.keys[layer][span])
         values = accurate(dv_AGP[rows]) * accurate(self.changes.values[layer][span])
-        return -sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
+        return -self.current.model.sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
 
     def _response(self, layer: int, part: PairMember, span: slice, dmixed_AHP: Tensor) -> Tensor:
         current = self.current
@@ -105,7 +104,7 @@ class Responses:
         rest_Hkc = (own_Hk1 - was_Hkc * value_Hkc) / others_Hkc
         change_Hkc = odds_Hkc.sigmoid() * (value_Hkc + do_HkP @ dv_HcP.mT - rest_Hkc)
         change_Hkc = change_Hkc - was_Hkc * (value_Hkc - rest_Hkc)
-        drop_kc = -sum_over_ranks(change_Hkc.sum(0))
+        drop_kc = -current.model.sum_over_ranks(change_Hkc.sum(0))
         drop_kc[columns, torch.arange(len(columns), device=current.device)] = 0
         if part.query.surrogate == "rectified":
             drop_kc = drop_kc.clamp_(min=0)

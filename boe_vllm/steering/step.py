@@ -11,7 +11,7 @@ import torch
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.base.clock import Clock
 from boe_vllm.models.cache import CachePlan, KeyValuePool
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.rows import RowLayout, SequenceRows
 from boe_vllm.models.saved import SavedPass
 from boe_vllm.sampling.constraints import CanvasConstraints
@@ -45,7 +45,7 @@ class DenoisingPass:
     no rows here.
     """
 
-    model: LLaDAForDiffusion
+    model: Decoder
     sequences: tuple[SequenceRows, ...]
     layout: RowLayout
     log_probs: LogProbabilities

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedPass
 from boe_vllm.sampling.statistics import LogProbabilities
@@ -27,7 +27,7 @@ def soft_writes(log_probs: LogProbabilities, rows_C: IntArray, sharpen_C: FloatA
 
     `sharpen` below 1 takes `pi^(1/sharpen)`, renormalised, instead of `pi`.
     """
-    model: LLaDAForDiffusion = log_probs.model  # type: ignore[assignment]
+    model: Decoder = log_probs.model  # type: ignore[assignment]
     writes = []
     for places, logp in log_probs.rows(rows_C):
         if (sharpen_C[places] != 1).any():

@@ -10,7 +10,7 @@ from oracle import random_weights, small_config
 
 from boe_vllm.decoding.canvas import Canvas, SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
@@ -40,7 +40,7 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
 @pytest.fixture(scope="module")
 def model():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     model.load_weights(random_weights(config).items())
     return model
 
@@ -141,7 +141,7 @@ def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperat
 def wide_model(request):
     """Wide enough for libraries to choose their kernels by the number of rows."""
     config = small_config(d_model=512, mlp_hidden_size=1536)
-    model = build(config, dtype=request.param)
+    model = random_model(config, dtype=request.param)
     model.load_weights(random_weights(config).items())
     return model
 

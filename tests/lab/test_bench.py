@@ -21,7 +21,7 @@ from boe_vllm.lab.bench.flops import NetworkFlops, StepRows
 from boe_vllm.lab.bench.parts import FUNCTIONS
 from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop, variant_fields
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -34,7 +34,7 @@ CPU = argparse.Namespace(device="cpu")
 @pytest.fixture(scope="module")
 def model():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     model.load_weights(random_weights(config).items())
     return model
 

@@ -29,8 +29,8 @@ from boe_vllm.lab.pictures.recorder import Recorder, Request, recording
 from boe_vllm.lab.pictures.terminal import Scene, plain
 from boe_vllm.lab.pictures.trajectory import FORMAT, read
 from boe_vllm.lab.tasks import TASKS
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
-from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -161,7 +161,7 @@ def test_a_request_ends_at_eos_and_at_a_stop_string_as_the_engine_ends_it(denois
 def small_loop(masked):
     config = small_config()
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     loop = DenoisingLoop(
         model,

@@ -14,7 +14,7 @@ from test_loop import MASK as MODEL_MASK
 from toy import MASK, Driven, Toy, steps_by, without_repeats
 
 from boe_vllm.decoding.policy_step import view_of
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
 from boe_vllm.request.config import parse_sampler_config
@@ -95,7 +95,7 @@ def test_the_policy_does_what_the_transcription_does(fields, rule, settings):
 @pytest.fixture(scope="module")
 def networks():
     config, weights = small_config(), random_weights(small_config(), dtype=torch.float64)
-    model = build(config, dtype=torch.float64)
+    model = random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

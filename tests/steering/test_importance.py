@@ -9,8 +9,8 @@ import pytest
 import torch
 from oracle import Dense, random_weights, small_config
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
-from boe_vllm.models.standalone import build
 from boe_vllm.sampling.statistics import LogProbabilities, RowWrites, read_statistics
 from boe_vllm.steering.importance import token_importance
 from boe_vllm.steering.queries import TokenImportance
@@ -23,7 +23,7 @@ LENS = (9, 14, 6)
 def setting(**changes):
     config = small_config(**changes)
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

@@ -11,8 +11,8 @@ from test_loop import MASK, finish, make_loop, params_of
 from test_policy_rules_lookahead import label, settings_of
 from toy import Driven, Toy, steps_by
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
-from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import Commit, Policy
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
@@ -27,7 +27,7 @@ F64 = torch.float64
 def networks():
     config = small_config()
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

@@ -20,7 +20,7 @@ from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -72,7 +72,7 @@ def draw_state(
     return State(tokens=tokens, masked=positions)
 
 
-def open_loop(args: argparse.Namespace, model: LLaDAForDiffusion) -> DenoisingLoop:
+def open_loop(args: argparse.Namespace, model: Decoder) -> DenoisingLoop:
     """A loop over the model, without requests."""
     config = model.config
     return DenoisingLoop(

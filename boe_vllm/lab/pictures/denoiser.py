@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import boe_vllm
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.build import load_model
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.standalone import build
 
 FILES = ("config.json", "tokenizer.json")
 
@@ -25,7 +24,7 @@ class Denoiser:
     """A network with its words."""
 
     name: str
-    model: LLaDAForDiffusion
+    model: Decoder
     tokenizer: Tokenizer
     device: torch.device
 
@@ -80,15 +79,9 @@ def load(name: str, device: str = "cpu") -> Denoiser:
                 f"--model: expected a checkpoint's folder or tiny, got {name!r} without {file}; "
                 f"name a folder on this machine"
             )
-    config = LLaDAConfig.from_pretrained(str(folder))
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    if not tensors:
-        raise ValueError(
-            f"--model: expected *.safetensors in {name!r}, got none; name another folder"
-        )
-    model = build(config, dtype=next(iter(tensors.values())).dtype, device=device)
-    model.load_weights(tensors.items())
+    try:
+        model = load_model(folder, device=device)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Denoiser(name=name, model=model, tokenizer=tokenizer, device=torch.device(device))

@@ -16,7 +16,6 @@ import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.models.functional import accurate
-from boe_vllm.models.parallel import sum_over_ranks
 from boe_vllm.steering.queries import Coupling
 from boe_vllm.steering.step import DenoisingPass, QueryResult
 
@@ -56,7 +55,7 @@ def mutual_attention(current: DenoisingPass, s: int, pool: IntArray) -> FloatArr
         keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
         scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
         total = total + scores.softmax(-1)[:, :, columns].sum(0)
-    attention = sum_over_ranks(total).double().cpu().numpy()
+    attention = current.model.sum_over_ranks(total).double().cpu().numpy()
     attention = attention + attention.T
     np.fill_diagonal(attention, 0.0)
     pairs = len(pool) * (len(pool) - 1)
