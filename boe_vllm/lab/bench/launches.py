@@ -42,3 +42,6 @@ UNFUSED: Code = {
 }
 """Every operation a kernel of its own: norms, rotation and activation in float32 between bfloat16
 products. Launches are those of one request; partial passes launched more for several."""
+
+CODE: Code = UNFUSED
+"""The package as it is."""
