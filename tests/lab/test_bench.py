@@ -144,9 +144,6 @@ def test_an_unknown_benchmark_or_option_names_what_is_known(capsys):
     with pytest.raises(SystemExit):
         main(["steering", "--device", "tpu"])
     assert "cpu or cuda" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["policies", "--no-run"])
-    assert "--no-run: expected --cells FILE" in capsys.readouterr().err
     with pytest.raises(common.UsageError, match="--parts: expected --device cpu beside it"):
         steering.run(argparse.Namespace(parts=True, device="cuda"))
 

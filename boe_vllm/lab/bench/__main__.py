@@ -14,7 +14,6 @@ BENCHMARKS = (
     "scaling",
     "memory",
     "overhead",
-    "policies",
     "fidelity",
     "predict",
 )

@@ -198,7 +198,7 @@ def decode_all(
     Args:
         network: predicts every row.
         prompts: token ids of every request.
-        gen_lens: tokens that every request queries for.
+        gen_lens: tokens that every request asks for.
         block_length: tokens of a block.
         tokens_per_step: tokens committed per step.
         batch: requests of a batch.

@@ -50,7 +50,7 @@ class Fidelity:
 
 
 def step_fields(name: str, *, rho: float) -> dict[str, Any]:
-    """A step that uses an estimate, as a request would query for it."""
+    """A step that uses an estimate, as a request would ask for it."""
     if name == LOOKAHEAD:
         return {"policy": "lookahead", "rho": rho}
     if name in COUPLINGS:

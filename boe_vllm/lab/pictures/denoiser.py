@@ -15,6 +15,8 @@ from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import load_model
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.request.config import SamplerConfig, plan_canvas
+from boe_vllm.request.resolved import ResolvedRequest
 
 FILES = ("config.json", "tokenizer.json")
 
@@ -47,6 +49,44 @@ class Denoiser:
             special=SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late),
             device=self.device,
             cache_rows=cache_rows,
+        )
+
+    def resolve(
+        self,
+        config: SamplerConfig,
+        *,
+        prompt_len: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        top_logprobs: int | None = None,
+    ) -> ResolvedRequest:
+        """A request as the engine would resolve it.
+
+        Args:
+            config: its fields.
+            prompt_len: tokens of its prompt.
+            max_tokens: tokens of its canvas, before it is rounded up to whole blocks.
+            temperature: of its samples; 0 for none.
+            seed: of its random numbers.
+            top_logprobs: most likely tokens that are reported per position; None for none.
+
+        Raises:
+            ValueError: for a canvas that does not fit.
+        """
+        plan = plan_canvas(
+            config,
+            prompt_len=prompt_len,
+            max_tokens=max_tokens,
+            max_model_len=self.config.max_sequence_length,
+        )
+        return ResolvedRequest(
+            config=config,
+            plan=plan,
+            temperature=temperature,
+            seed=seed,
+            logprobs=top_logprobs is not None,
+            top_logprobs=min(top_logprobs or 0, self.config.vocab_size),
         )
 
     def encode(self, text: str) -> list[int]:

@@ -20,8 +20,7 @@ from boe_vllm.lab.pictures.trajectory import Recording, Step, Trajectory
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
 
 REQUEST = "0"
@@ -125,35 +124,28 @@ class Recorder:
         """
         config = parse_sampler_config(fields, base=base or SamplerConfig())
         prompt = denoiser.encode(request.prompt)
-        own = denoiser.config
-        assert own.mask_token_id is not None and own.eos_token_id is not None
-        if own.mask_token_id in prompt:
-            raise ValueError(
-                "--prompt: expected text without the mask token, got one; leave it out"
-            )
-        plan = plan_canvas(
-            config,
-            prompt_len=len(prompt),
-            max_tokens=request.gen_length,
-            max_model_len=own.max_sequence_length,
-        )
         self.denoiser, self.request, self.label = denoiser, request, label
         self.steps: list[Step] = []
         self._surrogate = surrogate
-        rows = (len(prompt) + plan.gen_length) * (config.frame.cache != "none")
+        if denoiser.config.mask_token_id in prompt:
+            raise ValueError(
+                "--prompt: expected text without the mask token, got one; leave it out"
+            )
+        resolved = denoiser.resolve(
+            config,
+            prompt_len=len(prompt),
+            max_tokens=request.gen_length,
+            temperature=request.temperature,
+            seed=request.draws,
+            top_logprobs=top,
+        )
+        rows = (len(prompt) + resolved.plan.gen_length) * (config.frame.cache != "none")
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
             prompt,
-            ResolvedRequest(
-                config=config,
-                plan=plan,
-                temperature=request.temperature,
-                seed=request.draws,
-                logprobs=True,
-                top_logprobs=min(top, own.vocab_size),
-            ),
+            resolved,
             special=self.loop.special,
-            vocab_size=own.vocab_size,
+            vocab_size=denoiser.config.vocab_size,
             pool=self.loop.pool,
         )
         self._sent: list[int] = []
