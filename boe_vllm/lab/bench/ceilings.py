@@ -26,13 +26,9 @@ class Ceilings:
     """Seconds of host time of one small copy from memory that is not pinned, on an idle device."""
 
 
-H100 = Ceilings(
-    name="NVIDIA H100", copy=3.0e12, flops=798e12, launch=7.6e-6, blocking_copy=38.3e-6
-)
+H100 = Ceilings(name="NVIDIA H100", copy=3.0e12, flops=798e12, launch=7.6e-6, blocking_copy=38.3e-6)
 """Launches and blocking copies are the H200 machine's."""
-H200 = Ceilings(
-    name="NVIDIA H200", copy=4.3e12, flops=788e12, launch=7.6e-6, blocking_copy=38.3e-6
-)
+H200 = Ceilings(name="NVIDIA H200", copy=4.3e12, flops=788e12, launch=7.6e-6, blocking_copy=38.3e-6)
 CARDS = {"h100": H100, "h200": H200}
 """By the names that a command line takes."""
 

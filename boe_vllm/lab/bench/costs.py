@@ -1,13 +1,13 @@
 """The time of a denoising step on a GPU, from what it asks of the network and from ceilings.
 
-A round (`passes`) ends when the host reads its numbers, so the device's work and the host's run side
-by side within a round and one after the other from round to round:
+A round (`passes`) ends when the host reads its numbers, so that the device's work and the host's
+run side by side within a round, and one after the other from round to round:
 
     seconds of a step = sum over its rounds of max(device, host)
 
-    device   products: GAP + sqrt(read^2 + arithmetic^2), where reading the weights takes as long for
-             one row as for a hundred; what other kernels read and write of rows, keys and the
-             vocabulary's columns, at ROW_SHARE of the copy's speed; KERNEL for each of them
+    device   products: GAP + sqrt(read^2 + arithmetic^2), where reading the weights takes as long
+             for one row as for a hundred; what other kernels read and write of rows, at ROW_SHARE
+             of the copy's speed, and of keys; KERNEL for each kernel
     host     launches, HOST_SHARE times as long as a bare one since Python runs between them;
              blocking copies
 
@@ -165,13 +165,9 @@ def predict(
     return Prediction(seconds=seconds, busy=busy, terms=total)
 
 
-def round_launches(
-    passes: Sequence[Pass], network: Network, code: Mapping[str, Footprint]
-) -> int:
+def round_launches(passes: Sequence[Pass], network: Network, code: Mapping[str, Footprint]) -> int:
     """Kernels that a round launches."""
-    return sum(
-        code[p.kind].once + code[p.kind].layer * network.layers for p in passes
-    )
+    return sum(code[p.kind].once + code[p.kind].layer * network.layers for p in passes)
 
 
 def mean(predictions: Sequence[Prediction]) -> Prediction:

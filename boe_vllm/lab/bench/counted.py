@@ -28,7 +28,9 @@ from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.request.config import parse_sampler_config
 
-PUZZLES = "sudoku6"
+PUZZLES = ("sudoku6", "sudoku6-few", "addition")
+FEWEST = 8
+"""Puzzles of each kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +94,10 @@ def step_all(loop: DenoisingLoop) -> None:
             raise RuntimeError(f"request {name}: {result.error}")
 
 
-def count_random(fields: Fields, requests: int, lengths: Lengths) -> list[Step]:
-    """The steps of one block under random weights."""
+def count_random(
+    fields: Fields, requests: int, lengths: Lengths, most: int | None = None
+) -> list[Step]:
+    """The first `most` steps under random weights; by default those of one block."""
     model = _random_network()
     room = requests * (lengths.prompt + lengths.canvas)
     loop = loop_over(model, cache_rows=room if "cache" in fields else 0)
@@ -104,26 +108,34 @@ def count_random(fields: Fields, requests: int, lengths: Lengths) -> list[Step]:
     }
     prompts = random_prompts(model.vocab_size, requests, lengths.prompt)
     fill(loop, settings, prompts, canvas=lengths.canvas)
-    return _record(loop, lengths.steps)
+    return _record(loop, most or lengths.steps)
 
 
 def count_puzzles(fields: Fields, requests: int, tokens_per_step: int) -> list[Step]:
-    """The steps of the bundled checkpoint on as many unseen puzzles, at their own lengths."""
+    """Steps of the bundled checkpoint on unseen puzzles, so many at a time, at their own lengths.
+
+    Of every kind of puzzle there are at least eight.
+    """
     from tokenizers import Tokenizer
 
-    task, model = get_task(PUZZLES), _bundled_network()
     tokenizer = Tokenizer.from_file(str(Path(boe_vllm.tiny_model_path()) / "tokenizer.json"))
-    items = task.items(requests, seed=0, split="test")
-    prompts = [tokenizer.encode(item.prompt, add_special_tokens=False).ids for item in items]
-    room = sum(len(prompt) + task.gen_length for prompt in prompts)
-    loop = loop_over(model, cache_rows=room if "cache" in fields else 0)
-    settings = {
-        "block_length": task.gen_length,
-        "tokens_per_step": tokens_per_step,
-        **fields,
-    }
-    fill(loop, settings, prompts, canvas=task.gen_length)
-    return _record(loop, -(-task.gen_length // tokens_per_step))
+    counted: list[Step] = []
+    for name in PUZZLES:
+        task = get_task(name)
+        items = task.items(max(FEWEST, requests), seed=0, split="test")
+        prompts = [tokenizer.encode(item.prompt, add_special_tokens=False).ids for item in items]
+        settings = {
+            "block_length": task.gen_length,
+            "tokens_per_step": tokens_per_step,
+            **fields,
+        }
+        for start in range(0, len(prompts), requests):
+            together = prompts[start : start + requests]
+            room = sum(len(prompt) + task.gen_length for prompt in together)
+            loop = loop_over(_bundled_network(), cache_rows=room if "cache" in fields else 0)
+            fill(loop, settings, together, canvas=task.gen_length)
+            counted += _record(loop, -(-task.gen_length // tokens_per_step))
+    return counted
 
 
 @torch.inference_mode()

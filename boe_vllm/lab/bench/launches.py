@@ -43,5 +43,8 @@ UNFUSED: Code = {
 """Every operation a kernel of its own: norms, rotation and activation in float32 between bfloat16
 products. Launches are those of one request; partial passes launched more for several."""
 
-CODE: Code = UNFUSED
+CODES: Mapping[str, Code] = {"unfused": UNFUSED}
+"""By the names that measurements carry."""
+CURRENT = "unfused"
 """The package as it is."""
+CODE = CODES[CURRENT]

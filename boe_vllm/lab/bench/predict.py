@@ -12,7 +12,6 @@ over the steps of one block. Nothing runs on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from boe_vllm.lab.bench.costs import Network, Prediction
 from boe_vllm.lab.bench.counted import Lengths, count_puzzles, count_random
 from boe_vllm.lab.bench.launches import CODE
 from boe_vllm.lab.bench.passes import Step, layer_passes, layer_rows
+from boe_vllm.lab.bench.predict_check import compare
 from boe_vllm.lab.bench.scenarios import STEPS
 from boe_vllm.models.build import read_config
 from boe_vllm.models.llada import LLaDAConfig
@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> None:
     """Print the tables, or the comparison with what was measured."""
     ceilings, network = CARDS[args.device], Network.of(_config(args.model))
     if args.check is not None:
-        from boe_vllm.lab.bench.predict_check import compare
-
-        compare(args.check, network, ceilings)
+        compared = compare(args.check, network, ceilings)
+        common.print_table(
+            f"{args.check.name}, predicted by the rates of {ceilings.name}", compared
+        )
+        _finish({"predict.worst": max(_off(row["of it"]) for row in compared)}, compared, args)
         return
     rows = []
     for requests in args.requests:
@@ -76,13 +78,22 @@ def run(args: argparse.Namespace) -> None:
         if row["requests"] == 1 and row["cache"] == "none" and row["policy"] != BASE
     }
     _explain(ceilings, keys, args)
+    _finish(keys, rows, args)
+
+
+def _finish(keys: dict[str, float | None], details: Any, args: argparse.Namespace) -> None:
     common.print_result(
         "predict",
         keys,
-        details=rows,
-        environment={"ceilings": ceilings.name, "boe_vllm": boe_vllm.__version__},
-        args=argparse.Namespace(**(vars(args) | {"check": None})),
+        details=details,
+        environment={"ceilings": CARDS[args.device].name, "boe_vllm": boe_vllm.__version__},
+        args=argparse.Namespace(**(vars(args) | {"check": args.check and str(args.check)})),
     )
+
+
+def _off(ratio: float) -> float:
+    """How many times too large or too small, at least 1."""
+    return max(ratio, 1 / ratio)
 
 
 def _config(name: str) -> LLaDAConfig:
@@ -102,9 +113,7 @@ def _table(
         plain = None
         for name in sorted(args.policies, key=lambda name: name != BASE):
             steps = _counted(name, cache, requests, args)
-            predicted = costs.mean(
-                [costs.predict(step, network, ceilings, CODE) for step in steps]
-            )
+            predicted = costs.mean([costs.predict(step, network, ceilings, CODE) for step in steps])
             if name == BASE:
                 plain = predicted
             rows.append(_row(name, cache, steps, predicted, plain, network))
@@ -145,7 +154,7 @@ def _row(
         "launches": launches / many,
         "ms": predicted.seconds * 1e3,
         "ratio": predicted.seconds / plain.seconds if plain else None,
-        "busy": predicted.busy / predicted.seconds,
+        "device ms": predicted.busy * 1e3,
         "binds": predicted.binds,
     }
 
@@ -153,7 +162,7 @@ def _row(
 def _title(requests: int, args: argparse.Namespace) -> str:
     work = f"{args.prompt_len} + {args.gen_len} tokens, blocks of {args.block_length}"
     if args.states == "puzzles":
-        work = "puzzles of the bundled checkpoint"
+        work = "puzzles of the bundled checkpoint at their own lengths"
     many = f"{requests} request{'s' * (requests > 1)}"
     return f"{many}, {work}, {args.tokens_per_step} tokens a step, {args.model} on {args.device}"
 
@@ -162,7 +171,7 @@ def _explain(ceilings: Ceilings, keys: dict[str, float | None], args: argparse.N
     print(
         f"\npasses: through all layers, of one step of all requests together; rows: of these; "
         f"rounds: times that the host waits for numbers.\n"
-        f"ratio: to {BASE} with the same cache; busy: share of the step in which the device works; "
+        f"ratio: to {BASE} with the same cache; device ms: in which the device works; "
         f"binds: what most of the step waits for.\n"
         f"{ceilings.name}: {ceilings.copy / 1e12:.1f} TB/s, {ceilings.flops / 1e12:.0f} TFLOP/s, "
         f"{ceilings.launch * 1e6:.1f} us a launch, {ceilings.blocking_copy * 1e6:.0f} us a "
