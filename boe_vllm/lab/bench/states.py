@@ -22,7 +22,8 @@ from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 
 DENSE = "dense"
