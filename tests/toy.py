@@ -11,10 +11,11 @@ import numpy as np
 from boe_vllm.decoding.canvas import Canvas, SpecialTokens
 from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.policies.base import Commit
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
-from boe_vllm.steering.queries import Lookahead, Prospect
+from boe_vllm.steering.lookahead import Lookahead, Prospect
 
 VOCAB, MASK = 9, 8
 PATTERNS = [

@@ -19,7 +19,7 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 if TYPE_CHECKING:
     from boe_vllm.sampling.statistics import RowStatistics

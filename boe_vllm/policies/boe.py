@@ -20,7 +20,9 @@ from boe_vllm.policies.base import Commit, Needs, Policy, View, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
 from boe_vllm.policies.composition import composed
 from boe_vllm.policies.selection import conditional_set, pairwise_set
-from boe_vllm.steering.queries import Coupling, Query, TokenImportance
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.step import Query
 
 __all__ = ["PRESETS", "BoEConfig", "BoEPolicy"]
 

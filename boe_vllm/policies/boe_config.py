@@ -10,7 +10,8 @@ from pydantic import Field
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import PolicyConfig
 from boe_vllm.policies.composition import CompositionConfig
-from boe_vllm.steering.queries import Context, Estimator, Surrogate
+from boe_vllm.steering.coupling import Estimator
+from boe_vllm.steering.importance import Context, Surrogate
 
 _IMPORTANCE: dict[str, Any] = {"selection": "top", "risk": 0.0, "gain": 1.0}
 """The paper's ranking: the most important candidates, each for itself."""

@@ -21,7 +21,7 @@ from boe_vllm.policies.base import SCORE_GRID, Commit, Needs, Policy, PolicyConf
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.steering.likelihood import Likelihood
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 Beginning = tuple[int, ...]
 

@@ -20,7 +20,7 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, View, top
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.remasking import Diary, RemaskingConfig, RemaskingRule
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 ROUNDING = 1e-9  # a count that is whole must not lose one
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 
 @options

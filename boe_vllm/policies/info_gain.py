@@ -26,7 +26,8 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import scores_of_a_draw
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import Lookahead, Observed, Query
+from boe_vllm.steering.lookahead import Lookahead, Observed
+from boe_vllm.steering.step import Query
 
 
 @options

@@ -17,7 +17,8 @@ from pydantic import Field
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.steering.queries import PredictionChange, Query
+from boe_vllm.steering.change import PredictionChange
+from boe_vllm.steering.step import Query
 
 HISTORY = "klass.history"
 

@@ -15,7 +15,7 @@ from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import SCORE_GRID, Commit, Policy, PolicyConfig, View, top
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 
 class LocalPolicy(Policy):

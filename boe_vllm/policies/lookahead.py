@@ -23,7 +23,8 @@ from pydantic import Field
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import allowed
-from boe_vllm.steering.queries import Lookahead, Query
+from boe_vllm.steering.lookahead import Lookahead
+from boe_vllm.steering.step import Query
 
 
 @options

@@ -17,7 +17,7 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, View
 from boe_vllm.policies.remasking import Diary, RemaskingConfig
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 
 @options

@@ -19,7 +19,7 @@ from pydantic import Field
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.remasking import Diary
-from boe_vllm.steering.queries import Query
+from boe_vllm.steering.step import Query
 
 
 @options

@@ -13,7 +13,8 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import View, top
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import Conditional, Conditioned, Query
+from boe_vllm.steering.chain import Conditional, Conditioned
+from boe_vllm.steering.step import Query
 
 
 def pairwise_set(scores: FloatArray, coupling: FloatArray, count: int) -> IntArray:

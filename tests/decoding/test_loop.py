@@ -13,9 +13,10 @@ from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import random_model
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 MASK, EOS = 28, 27
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"

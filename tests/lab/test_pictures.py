@@ -32,9 +32,10 @@ from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
 from boe_vllm.policies.base import SCORE_GRID
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 F64 = torch.float64
 LABELS = ("confidence", "boe", "boe:preset=paper", "p2:eta=3", "info-gain")
@@ -107,7 +108,7 @@ def test_a_recorded_decode_is_the_loops_own(denoiser, label, fields):
         after = own.tokens[own.prompt_len :].tolist()
         assert step.tokens == before and made.tokens == after
         assert (step.forwards, step.backwards) == (own.account.forwards, own.account.backwards)
-        mask = loop.mask_token_id
+        mask = loop.special.mask
         gone = [p for p, (a, b) in enumerate(zip(before, after, strict=True)) if a == mask != b]
         back = [p for p, (a, b) in enumerate(zip(before, after, strict=True)) if a != mask == b]
         assert sorted(step.committed) == gone and step.remasked == back
@@ -147,7 +148,7 @@ def test_the_answer_is_judged_as_eval_does(recorded):
 def test_a_request_ends_at_eos_and_at_a_stop_string_as_the_engine_ends_it(denoiser):
     made = finished(recorder(denoiser, "confidence", task="addition", rate=1))
     text = made.trajectory().text
-    assert made.loop.eos_token_id in made.tokens and "<|" not in text
+    assert made.loop.special.eos in made.tokens and "<|" not in text
     stopped = recorder(denoiser, "confidence", task="addition", rate=1)
     task = stopped.request.task
     twin = type("Stopping", (type(task),), {"stop": (text[1],)})()

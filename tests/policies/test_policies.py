@@ -9,7 +9,7 @@ from boe_vllm.policies import POLICY_NAMES, load_policy
 from boe_vllm.policies.base import SCORE_GRID, View, top
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 
 def make_view(confidence, *, quota=1, entropy=None, margin=None, vocab_size=100, **changes):

@@ -17,7 +17,7 @@ from boe_vllm.policies.klass import recent
 from boe_vllm.request import schedule
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import PredictionChange
+from boe_vllm.steering.change import PredictionChange
 
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"
 CONTENT = json.loads(TABLE.read_text())

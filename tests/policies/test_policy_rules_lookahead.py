@@ -13,7 +13,7 @@ from toy import MASK, Driven, Toy, steps_by
 
 from boe_vllm.policies.lookum import importance
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.steering.queries import Prospect
+from boe_vllm.steering.lookahead import Prospect
 
 F64 = torch.float64
 CASES = [

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config, plan_canvas
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.limits import EngineSettings
+from boe_vllm.request.plan import plan_canvas
 
 BAD = [
     ({"policy": "nope"}, r"policy: expected one of \[.*\], got 'nope'; choose"),
@@ -98,6 +99,14 @@ def test_gen_length_overrides_max_tokens():
 def test_rounding_up_never_leaves_the_context():
     got = plan({"block_length": 32}, prompt_len=90, max_tokens=36)
     assert (got.gen_length, got.block_length) == (38, 32)
+
+
+def test_a_block_is_never_longer_than_the_canvas_asked_for():
+    for fields, max_tokens in (({"block_length": 10**18}, 16), ({"block_length": 32}, 20)):
+        got = plan(fields, max_tokens=max_tokens)
+        assert (got.gen_length, got.block_length) == (max_tokens, max_tokens)
+    with pytest.raises(ValueError, match="block_length: "):
+        plan({"block_length": 2**63})
 
 
 def test_steps_are_shared_out_over_blocks():

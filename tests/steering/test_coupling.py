@@ -7,8 +7,9 @@ from test_importance import make_pass, setting
 from test_policies import make_view, policy_of, run
 
 from boe_vllm.policies.selection import pairwise_set
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Conditional, Conditioned, Coupling
+from boe_vllm.steering.chain import Conditional, Conditioned
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.step import solve_together
 
 # ---- estimators ----------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_measured_coupling_equals_the_dense_network(estimator, measure):
         n: ask_for(rows, estimator=estimator, measure=measure)
         for n, rows in enumerate(current.sequences)
     }
-    for n, given in answer(current, queries).items():
+    for n, given in solve_together(current, queries).items():
         want = oracle(dense, current.sequences[n], queries[n])
         np.testing.assert_allclose(given.value, want, rtol=1e-8, atol=1e-10)
         assert np.abs(want).max() > 1e-3
@@ -85,7 +86,7 @@ def test_attention_coupling_is_symmetric_normalised_and_free():
     model, _ = setting()
     current = make_pass(model, "masked")
     query = ask_for(current.sequences[1], estimator="attention", measure="kl")
-    (given,) = answer(current, {1: query}).values()
+    (given,) = solve_together(current, {1: query}).values()
     kappa = given.value
     np.testing.assert_allclose(kappa, kappa.T)
     assert (np.diag(kappa) == 0).all()
@@ -101,7 +102,7 @@ def test_overlap_coupling_equals_the_dense_network():
         n: ask_for(rows, estimator="overlap", measure="kl")
         for n, rows in enumerate(current.sequences)
     }
-    for n, given in answer(current, queries).items():
+    for n, given in solve_together(current, queries).items():
         places = current.sequences[n].logit_positions[queries[n].pool]
         tokens = torch.from_numpy(current.sequences[n].tokens)
         p = dense.log_probs(dense.logits(dense.embed(tokens)))[places].exp()
@@ -119,7 +120,7 @@ def test_overlap_coupling_equals_the_dense_network():
         mean = (attention + attention.T)[~np.eye(4, dtype=bool)].mean()
         np.testing.assert_allclose(given.value, want / mean, rtol=1e-8, atol=1e-12)
         assert want.max() > 1e-3
-        (alone,) = answer(current, {n: queries[n]}).values()
+        (alone,) = solve_together(current, {n: queries[n]}).values()
         np.testing.assert_array_equal(alone.value, given.value)
         assert (given.forwards, given.backwards) == (0, 0)
 
@@ -135,7 +136,7 @@ def test_a_conditional_equals_the_dense_network_with_the_rest_frozen():
         temperature=0.0,
         uniform=np.full(2, 0.5),
     )
-    (given,) = answer(current, {1: query}).values()
+    (given,) = solve_together(current, {1: query}).values()
     places = rows.logit_positions[[2, 0, 3]]
     after = frozen_logits(dense, rows, places, [5, 28, 28])[[0, 3]]
     assert given.value.proposal.tolist() == after.argmax(-1).tolist()

@@ -257,7 +257,7 @@ def test_metrics_add_up_to_the_reports(url, client):
     assert grown("boe:committed_tokens_total") >= 16
     assert grown("boe:tokens_per_step_count") >= steps
     assert grown("boe:remaining_entropy_nats_count") > 0
-    for part in ("forward", "surrogate", "backward", "policy"):
+    for part in ("forward", "queries", "backward", "policy"):
         assert grown("boe:seconds_total", part=part) > 0
     assert after["boe:cache_rows",] > 0 and after["boe:cache_rows_used",] == 0
     assert after["boe:active_requests", ("policy", "confidence")] == 0

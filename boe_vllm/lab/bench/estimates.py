@@ -15,9 +15,10 @@ from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.bench.decoded import DecodedState, pass_over
 from boe_vllm.lab.bench.ranks import share_of_gain, spearman
 from boe_vllm.policies.base import top
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Coupling, Lookahead, Query, TokenImportance
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.lookahead import Lookahead
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
 LOOKAHEAD = "lookahead"
 GAINS: dict[str, dict[str, Any]] = {
@@ -139,7 +140,7 @@ def _importance(
 
 
 def _answers(current: DenoisingPass, queries: Sequence[Query]) -> list[QueryResult]:
-    given = answer(current, dict(enumerate(queries)))
+    given = solve_together(current, dict(enumerate(queries)))
     return [given[n] for n in range(len(queries))]
 
 

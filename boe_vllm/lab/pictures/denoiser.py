@@ -15,7 +15,8 @@ from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import load_model
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.request.config import SamplerConfig, plan_canvas
+from boe_vllm.request.config import SamplerConfig
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 
 FILES = ("config.json", "tokenizer.json")
