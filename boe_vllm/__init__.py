@@ -5,9 +5,9 @@ that vLLM's engine arguments know `sampler` and `sampler_config` as soon as vLLM
 that `LLM(model, sampler="boe")` works whichever of the two is imported first.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from boe_vllm.base.bundled import TINY, model_path, tiny_model_path
 from boe_vllm.vllm_plugin import hooks
 
 if TYPE_CHECKING:
@@ -15,19 +15,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["TINY", "Denoiser", "__version__", "model_path", "tiny_model_path"]
-
-TINY = "tiny"
-"""The bundled checkpoint's name on our command lines."""
-
-
-def tiny_model_path() -> str:
-    """Absolute path of the bundled checkpoint, a small LLaDA that solves puzzles."""
-    return str(Path(__file__).parent.resolve() / "assets" / "tiny-llada")
-
-
-def model_path(name: str) -> str:
-    """What a command line's model name stands for: the bundled checkpoint, or itself."""
-    return tiny_model_path() if name == TINY else name
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import boe_vllm
+from boe_vllm.base.bundled import model_path
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models.build import load_model
@@ -109,7 +109,7 @@ class Denoiser:
         """
         from transformers import AutoTokenizer
 
-        folder = Path(boe_vllm.model_path(str(path))).expanduser()
+        folder = Path(model_path(str(path))).expanduser()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(folder, dtype=dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(
