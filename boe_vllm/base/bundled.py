@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package."""
+"""Where the bundled checkpoint lies, and what a command line calls it."""
 
 from pathlib import Path
 
