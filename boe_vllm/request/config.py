@@ -204,9 +204,12 @@ def _for_choices(
                 f"choices: expected only {sorted(kept)} beside it, got {name}={fields[name]!r}; "
                 f"remove {name!r}"
             )
+    from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
     return SamplerConfig(
         policy=CHOICES,
         frame=options.build(FrameConfig, kept | dict(fields)),
+        settings=ChoicesConfig(),
         server=base.server,
         given_text=given_text,
     )

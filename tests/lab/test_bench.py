@@ -23,7 +23,6 @@ from boe_vllm.lab.bench.parts import FUNCTIONS
 from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop, variant_fields
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
 from boe_vllm.models.standalone import build
-from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config, plan_canvas
 
 TINY = ["--d-model", "32", "--layers", "1", "--heads", "2", "--vocab", "50", "--requests", "2"]
@@ -278,10 +277,6 @@ def test_a_difference_is_a_tie_only_where_float64_says_so(model):
 
 
 # ---- the arithmetic ----------------------------------------------------------------------------
-
-
-def test_the_grid_is_the_engines():
-    assert baseline.GRID == SCORE_GRID
 
 
 def test_flops_are_those_that_torch_counts():

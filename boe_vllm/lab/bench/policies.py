@@ -52,14 +52,15 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "boe paper": {"policy": "boe", "preset": "paper"},
     "boe prototype": {"policy": "boe", "preset": "prototype"},
     "boe kv": {"policy": "boe", "preset": "kv"},
-    "boe pairwise": {"policy": "boe", "preset": "pairwise"},
-    "boe exact": {"policy": "boe", "preset": "exact"},
-    "boe thorough": {"policy": "boe", "preset": "thorough"},
     "boe future": {"policy": "boe", "preset": "future"},
+    "joint": {"policy": "joint"},
+    "joint thorough": {"policy": "joint", "preset": "thorough"},
+    "pairwise": {"policy": "pairwise"},
+    "pairwise exact": {"policy": "pairwise", "preset": "exact"},
 }
-"""All policies with their defaults, and the presets of `boe`."""
+"""All policies with their defaults, and their presets."""
 ADAPTIVE = ("eb", "threshold", "factor", "klass")
-RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "boe exact")
+RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "pairwise exact")
 ONE_ANSWER = ("sudoku4", "sudoku6")
 MANY_ANSWERS = "sudoku6-few"
 Key = tuple[str, str, int]
@@ -222,7 +223,10 @@ def _keys(cells: Iterable[Cell]) -> dict[str, float | None]:
     ]
     if pair(ONE_ANSWER[-1], "confidence", max(budgets, default=0)):
         keys["policies.one_answer_least_p_of_a_loss"] = min(losses, default=1.0)
-    plain, exact = by_key.get((MANY_ANSWERS, "confidence", 4)), pair(MANY_ANSWERS, "boe exact", 4)
+    plain, exact = (
+        by_key.get((MANY_ANSWERS, "confidence", 4)),
+        pair(MANY_ANSWERS, "pairwise exact", 4),
+    )
     if plain and exact and exact[1].share > plain.share:
         gained = (exact[0].share - plain.share) / (exact[1].share - plain.share)
         keys["policies.few_4_share_of_exact_gain"] = gained
