@@ -189,10 +189,13 @@ def _for_choices(
                 f"choices: expected only {sorted(kept)} beside it, got "
                 f"{name}={shown(fields[name])}; remove {name!r}"
             )
+    from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
     return SamplerConfig(
         policy=CHOICES,
         settings=PolicyConfig(),
         frame=options.build(FrameConfig, kept | dict(fields)),
+        settings=ChoicesConfig(),
         server=base.server,
         given_text=given_text,
     )
