@@ -12,7 +12,7 @@ Tokens are those that vLLM's engine gives for the same request.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,35 @@ class Denoiser:
             score_grid=limits.score_grid,
         )
 
+    def cut(
+        self,
+        request: ResolvedRequest,
+        sent: Sequence[int],
+        ends: Collection[int],
+        stop: Sequence[str],
+    ) -> tuple[list[int], str, str]:
+        """What has been written of an answer, cut where the engine would end the request.
+
+        Args:
+            request: what is decoded.
+            sent: tokens so far, from the start of the canvas.
+            ends: tokens that end it.
+            stop: strings that end it.
+
+        Returns:
+            Its tokens, its text, and "stop" if it ends there, else "length".
+        """
+        tokens, reason = list(sent[: request.max_tokens]), "length"
+        # Nothing ends a request before the last text of its template.
+        end = next((n for n, t in enumerate(tokens) if t in ends and n >= request.text_end), None)
+        if end is not None:
+            tokens, reason = tokens[: end + 1], "stop"
+        text = self.decode(tokens)
+        places = [place for place in map(text.find, stop) if place >= 0]
+        if places:
+            text, reason = text[: min(places)], "stop"
+        return tokens, text, reason
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds."""
         return list(self.tokenizer.encode(text))
@@ -264,15 +293,7 @@ class Denoiser:
             raise RuntimeError(f"prompt {prompt[:8]}...: {result.error}")
         if result.report is None or not (result.tokens or result.done):
             return None
-        tokens, reason = sent[: request.max_tokens], "length"
-        # Nothing ends a request before the last text of its template.
-        end = next((n for n, t in enumerate(tokens) if t in ends and n >= request.text_end), None)
-        if end is not None:
-            tokens, reason = tokens[: end + 1], "stop"
-        text = self.decode(tokens)
-        places = [place for place in map(text.find, stop) if place >= 0]
-        if places:
-            text, reason = text[: min(places)], "stop"
+        tokens, text, reason = self.cut(request, sent, ends, stop)
         if reason == "length" and not result.done and len(tokens) < request.max_tokens:
             return None
         report = dict(result.report)

@@ -23,7 +23,7 @@ from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.eval import tables
 from boe_vllm.lab.pictures import bars, curves, figure, packages, plot, results, timeline, watch
-from boe_vllm.lab.pictures.denoiser import load
+from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.pictures.influence import influence
 from boe_vllm.lab.pictures.recorder import Recorder, Request, recording
 from boe_vllm.lab.pictures.terminal import Scene, plain
@@ -42,7 +42,7 @@ LABELS = ("confidence", "boe", "boe:preset=paper", "p2:eta=3", "info-gain")
 
 @pytest.fixture(scope="module")
 def denoiser():
-    return load("tiny")
+    return Denoiser.from_pretrained("tiny")
 
 
 def recorder(denoiser, label, *, task="sudoku4", number=1, rate=2, surrogate=None, **fields):
@@ -379,7 +379,7 @@ def test_watch_takes_a_prompt_of_ones_own(capsys):
         (["--task", "sudoku4", "--policies", "boe,boe"], "--policies: expected different names"),
         (["--task", "sudoku4", "--policies", "bow"], "policy: expected one of"),
         (["--task", "sudoku4", "--policies", "boe:rho"], "expected FIELD=VALUE"),
-        (["--task", "sudoku4", "--model", "/nowhere"], "--model: expected a checkpoint's folder"),
+        (["--task", "sudoku4", "--model", "/nowhere"], "checkpoint: expected a folder with a config.json"),
         (["--task", "sudoku4", "--png", "a.gif"], "--png: expected a name that ends in .png"),
         (["--task", "sudoku4", "--html", "."], "--html: expected a file"),
         (["--task", "gsm8k"], "expected a folder with gsm8k.jsonl"),
