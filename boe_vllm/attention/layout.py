@@ -1,8 +1,6 @@
 """How the rows of a batch of sequences are packed: lengths, offsets and indices.
 
-Legend of shape suffixes in this package: `T` packed query rows, `S` packed key rows, `A` packed
-active rows, `H` query heads, `K` key/value heads, `G` query heads per key/value head
-(`H = K * G`), `D` head width. Head `h` attends to key/value head `h // G`.
+Legend: `T` packed query rows, `S` packed key rows, `A` packed active rows, `B` sequences.
 """
 
 from collections.abc import Callable, Hashable
@@ -11,6 +9,20 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occupied:
+    """The sequences of a layout that have query rows: all that a kernel for packed rows sees."""
+
+    q_seqlens: tuple[int, ...]
+    """Query rows of each."""
+    kv_seqlens: tuple[int, ...]
+    """Key rows of each."""
+    kv_rows: torch.Tensor | None
+    """Their packed key rows, int64 on the host, to be gathered; None if these are all there are."""
+    active_rows: torch.Tensor
+    """Rows of the gathered keys that belong to active rows: int64 `[A]` on the host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +110,22 @@ class AttentionLayout:
                 kv_seqlens=self.kv_seqlens,
                 active_seqlens=self.active_seqlens,
             ),
+        )
+
+    def occupied(self) -> Occupied:
+        """The sequences that have query rows."""
+        kept = [i for i, rows in enumerate(self.q_seqlens) if rows]
+        q_seqlens, kv_seqlens, kv_starts, active_seqlens = (
+            tuple(lengths[i] for i in kept)
+            for lengths in (self.q_seqlens, self.kv_seqlens, self.kv_starts, self.active_seqlens)
+        )
+        starts = tuple(accumulate(kv_seqlens, initial=0))
+        gather = starts[-1] != self.num_keys
+        return Occupied(
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            kv_rows=row_index(kv_starts, kv_seqlens) if gather else None,
+            active_rows=row_index(starts, active_seqlens),
         )
 
     def memoised(self, key: Hashable, build: Callable[[], Any]) -> Any:
