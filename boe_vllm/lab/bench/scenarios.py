@@ -8,7 +8,7 @@ from typing import Any
 Fields = Mapping[str, Any]
 
 CONFIDENCE: Fields = {"policy": "confidence"}
-JOINT: Fields = {"policy": "boe"}
+JOINT: Fields = {"policy": "boe", "preset": "joint"}
 STEERED: Fields = {"policy": "boe", "preset": "kv"}
 PAPER: Fields = {"policy": "boe", "preset": "paper"}
 PAIRWISE: Fields = {"policy": "boe", "preset": "pairwise"}
