@@ -21,9 +21,9 @@ from boe_vllm import cli
 from boe_vllm.decoding.accounting import Account
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
+from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.eval import tables
 from boe_vllm.lab.pictures import bars, curves, figure, packages, plot, results, timeline, watch
-from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.pictures.influence import influence
 from boe_vllm.lab.pictures.recorder import Recorder, Request, recording
 from boe_vllm.lab.pictures.terminal import Scene, plain
@@ -379,7 +379,10 @@ def test_watch_takes_a_prompt_of_ones_own(capsys):
         (["--task", "sudoku4", "--policies", "boe,boe"], "--policies: expected different names"),
         (["--task", "sudoku4", "--policies", "bow"], "policy: expected one of"),
         (["--task", "sudoku4", "--policies", "boe:rho"], "expected FIELD=VALUE"),
-        (["--task", "sudoku4", "--model", "/nowhere"], "checkpoint: expected a folder with a config.json"),
+        (
+            ["--task", "sudoku4", "--model", "/nowhere"],
+            "checkpoint: expected a folder with a config.json",
+        ),
         (["--task", "sudoku4", "--png", "a.gif"], "--png: expected a name that ends in .png"),
         (["--task", "sudoku4", "--html", "."], "--html: expected a file"),
         (["--task", "gsm8k"], "expected a folder with gsm8k.jsonl"),
