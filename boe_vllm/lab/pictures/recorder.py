@@ -21,7 +21,8 @@ from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
-from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
+from boe_vllm.sampling.log_probs import LogProbabilities
+from boe_vllm.sampling.statistics import RowStatistics
 
 REQUEST = "0"
 
