@@ -71,8 +71,8 @@ def _by_rows(piece: Callable[..., Tensor], rows: tuple[Tensor, ...], *others: An
 
 @functools.cache
 def _compiled(piece: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # After many recompilations torch runs a function as it is written: to an element-wise piece it
-    # makes no difference, but sums would then depend on the number of rows, so there it is an error.
+    # After many compilations torch runs a function as it is written. To an element-wise piece that
+    # makes no difference; sums would then depend on the number of rows, so there it is an error.
     sums = piece in (_rms_norm, _rms_norm_backward)
     return torch.compile(piece, dynamic=True, fullgraph=sums)
 
