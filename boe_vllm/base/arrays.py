@@ -1,8 +1,8 @@
 """Host arrays that pass between the rooms, and the package's one legend of shape letters.
 
 A name that ends in capital letters says its shape: `q_THP` is [T, H, P]. A lower-case letter is a
-A name that ends in capital letters says its shape: `q_THP` is [T, H, P]. A lower-case letter is a
-one sequence), a digit is a size.
+part of what its capital stands for (`r` rows of one tile, `c` candidates of one request, `s` keys
+of one sequence), a digit is a size.
 
     L   positions of a sequence, prompt and canvas
     B   sequences of a pass

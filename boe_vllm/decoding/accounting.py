@@ -31,7 +31,7 @@ class Account:
     rows_forward: int = 0
     rows_backward: int = 0
 
-    def charge(self, result: QueryResult) -> None:
+    def charge(self, result: QueryResult[Any]) -> None:
         """Add what the answer to a query has cost."""
         self.forwards += result.forwards
         self.backwards += result.backwards

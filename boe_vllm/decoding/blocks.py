@@ -13,8 +13,7 @@ import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.policies.base import Policy
-from boe_vllm.request import schedule
-from boe_vllm.request.config import CanvasPlan
+from boe_vllm.request.plan import CanvasPlan, Schedule, tokens_due
 
 
 class Blocks:
@@ -39,7 +38,7 @@ class Blocks:
     def __init__(
         self,
         plan: CanvasPlan,
-        spread: schedule.Schedule,
+        spread: Schedule,
         policy: Policy,
         *,
         prompt_len: int,
@@ -110,7 +109,7 @@ class Blocks:
     def quota(self, masked: BoolArray) -> int:
         """Tokens due in this step."""
         masks = int(masked[self.start : self.end].sum())
-        due = schedule.due(
+        due = tokens_due(
             self.spread,
             masks=self.masks_at_start,
             steps=self.steps,

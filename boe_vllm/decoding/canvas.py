@@ -24,10 +24,8 @@ from boe_vllm.decoding.accounting import (
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
 from boe_vllm.models.cache import CachePlan, KeyValuePool
-from boe_vllm.policies import Policy, load_policy
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
-from boe_vllm.request.config import SamplerConfig
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.constraints import CanvasConstraints, Constraint
 from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
@@ -72,7 +70,7 @@ class Canvas:
         self.params, self.special, self.vocab_size = params, special, vocab_size
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
-        self.policy = policy_of(self.config, special.eos, params.constraints.everywhere)
+        self.policy = params.policy(special.eos)
         self.prompt_len = len(prompt)
         self.tokens = self._tokens(prompt)
         self.masked = self.tokens == special.mask
@@ -290,11 +288,3 @@ class Canvas:
             for run in runs
             if not self.masked[run].any()
         ]
-
-
-def policy_of(config: SamplerConfig, eos_token_id: int, constraint: Constraint) -> Policy:
-    """What decodes a request; the constraint's filters are those of a draw among given answers."""
-    answers = config.given_text.answers()
-    if answers is not None:
-        return ChoicesPolicy(answers, eos_token_id, constraint)
-    return load_policy(config.policy)(config.settings)

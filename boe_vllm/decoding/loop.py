@@ -175,6 +175,7 @@ class DenoisingLoop:
             guides=batch.guides,
             unconditional=batch.unconditional,
             pool=self.pool,
+            table=batch.table,
             row_budget=self.row_budget,
             clock=self.clock,
         )

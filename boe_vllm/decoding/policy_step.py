@@ -18,9 +18,7 @@ from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.policies.base import Commit, Revision, View, finishing
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Query
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ def decide(
     commits, asking = _begin(canvases, views, errors)
     replies: dict[int, Any] = dict.fromkeys(asking)
     while replies:
-        queries: dict[int, Query] = {}
+        queries: dict[int, Query[Any]] = {}
         for n, reply in replies.items():
             try:
                 queries[n] = asking[n].send(reply)
@@ -130,10 +128,10 @@ def decide(
 
 def _begin(
     canvases: Sequence[Canvas], views: Mapping[int, View], errors: Errors
-) -> tuple[dict[int, Commit], dict[int, Generator[Query, Any, Commit]]]:
+) -> tuple[dict[int, Commit], dict[int, Generator[Query[Any], Any, Commit]]]:
     """What is decided without a query, and the steps of the policies that ask."""
     commits: dict[int, Commit] = {}
-    asking: dict[int, Generator[Query, Any, Commit]] = {}
+    asking: dict[int, Generator[Query[Any], Any, Commit]] = {}
     for n, view in views.items():
         if canvases[n].blocks.overdue:  # the policy has had its steps: the rest is the engine's
             commits[n] = finishing(Commit(chosen=np.empty(0, np.int64)), view)
@@ -153,18 +151,18 @@ def _begin(
 def _answers(
     canvases: Sequence[Canvas],
     current: DenoisingPass,
-    queries: Mapping[int, Query],
+    queries: Mapping[int, Query[Any]],
     errors: Errors,
-) -> dict[int, QueryResult]:
+) -> dict[int, QueryResult[Any]]:
     """All queries in shared passes; if one breaks them, each on its own, so that it is found."""
     try:
-        return answer(current, queries)
+        return solve_together(current, queries)
     except Exception:
         logger.exception("queries of %d requests failed together", len(queries))
-    results: dict[int, QueryResult] = {}
+    results: dict[int, QueryResult[Any]] = {}
     for n, query in queries.items():
         try:
-            results |= answer(current, {n: query})
+            results |= solve_together(current, {n: query})
         except Exception as error:
             errors.blame(n, canvases[n], error)
     return results

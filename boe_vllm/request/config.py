@@ -1,7 +1,7 @@
-"""What a server or a request may say about decoding, and what follows from it for one canvas.
+"""What a server or a request may say about decoding, field by field.
 
-`SamplerConfig` holds the frame (canvas, blocks, steps) and the settings of one unmasking policy.
-`plan_canvas` turns it into the numbers of one request. Nothing here imports torch or vLLM.
+`SamplerConfig` holds the frame (canvas, blocks, steps), the settings of one unmasking policy, and
+the text that a request gives. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from boe_vllm.base import options
+from boe_vllm.base.options import shown
 from boe_vllm.policies import POLICY_NAMES, PolicyConfig, frequencies, load_policy
 from boe_vllm.request.given_text import GivenText, split_given_text
-from boe_vllm.request.schedule import Schedule
+from boe_vllm.request.plan import Schedule, must_divide
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]  # on the way to the engine, 64 bits
 
 DEFAULT_POLICY = "confidence"
 CHOICES = "choices"  # what decodes a request that names its answers
-DEFAULT_BLOCK_LENGTH = 32
-DEFAULT_TOKENS_PER_STEP = 1
+
+MAX_JSON_LENGTH = 1 << 20
+MAX_JSON_DEPTH = 8
 
 # Keys of SamplingParams.extra_args that belong to vLLM itself.
 VLLM_EXTRA_ARGS = frozenset({"kv_transfer_params", "session_id", "ec_transfer_params"})
@@ -76,7 +78,7 @@ class FrameConfig:
                 f"cfg_scale={self.cfg_scale}; remove one of them"
             )
         if self.gen_length is not None and self.block_length is not None:
-            _must_divide("gen_length", self.gen_length, "block_length", self.block_length)
+            must_divide("gen_length", self.gen_length, "block_length", self.block_length)
 
 
 @options.options
@@ -112,31 +114,13 @@ class SamplerConfig:
         return flat
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CanvasPlan:
-    """The shape of one request's canvas, in tokens and steps."""
-
-    gen_length: int
-    """Masked positions appended to the prompt."""
-    block_length: int
-    """Positions per block; the last block may be shorter where the context ends."""
-    steps_per_block: int | None
-    """Steps of each block if `steps` was given."""
-    tokens_per_step: int
-    """Tokens per step otherwise."""
-
-    def steps_for(self, masked: int) -> int:
-        """Denoising steps of a block that starts with `masked` masked positions."""
-        return self.steps_per_block or -(-masked // self.tokens_per_step)
-
-
 def parse_sampler_config(
     fields: Mapping[str, Any], *, base: SamplerConfig | None = None
 ) -> SamplerConfig:
     """Read flat fields (server's or request's) over the defaults in `base`.
 
     A request that names another policy than the server's keeps the server's frame and starts
-    from that policy's own defaults. Values may be JSON text, as `vllm_xargs` cannot nest.
+    from that policy's own defaults. Values may be JSON text, as `vllm_xargs` cannot be nested.
 
     Args:
         fields: by name.
@@ -148,7 +132,7 @@ def parse_sampler_config(
     """
     own_word = base is None
     base = base or SamplerConfig()
-    fields = {key: plain(value) for key, value in fields.items() if key not in VLLM_EXTRA_ARGS}
+    fields = {k: read_json(k, v) for k, v in fields.items() if k not in VLLM_EXTRA_ARGS}
     given_text, fields = split_given_text(fields)
     if given_text != GivenText():
         if own_word:
@@ -158,7 +142,8 @@ def parse_sampler_config(
     policy = fields.pop("policy", base.policy)
     if not isinstance(policy, str) or policy not in POLICY_NAMES:
         raise ValueError(
-            f"policy: expected one of {sorted(POLICY_NAMES)}, got {policy!r}; choose one of them"
+            f"policy: expected one of {sorted(POLICY_NAMES)}, got {shown(policy)}; choose one of "
+            f"them"
         )
     settings_class = load_policy(policy).Config
     frame_names, own_names = options.names(FrameConfig), options.names(settings_class)
@@ -173,24 +158,29 @@ def parse_sampler_config(
                 name, ["policy", *frame_names, *own_names], f" for policy {policy!r}"
             )
     frame = {key: value for key, value in fields.items() if key in frame_names}
-    # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
-    inherited = dataclasses.asdict(base.frame)
-    for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
-        if frame.get(name) is not None and other not in frame:
-            inherited[other] = None
-    if given_text.canvas_template is not None:
-        inherited["gen_length"] = None  # a request's own template goes before a server's length
     settings = {key: value for key, value in fields.items() if key in own_names}
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
     return SamplerConfig(
         policy=policy,
-        frame=options.build(FrameConfig, inherited | frame),
+        frame=_frame(base.frame, frame, given_text),
         settings=options.build(settings_class, settings),
         server=server_config,
         given_text=given_text,
     )
+
+
+def _frame(base: FrameConfig, own: Mapping[str, Any], given_text: GivenText) -> FrameConfig:
+    """A request's frame over the server's."""
+    inherited = dataclasses.asdict(base)
+    # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
+    for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
+        if own.get(name) is not None and other not in own:
+            inherited[other] = None
+    if given_text.canvas_template is not None:
+        inherited["gen_length"] = None  # a request's own template goes before a server's length
+    return options.build(FrameConfig, inherited | dict(own))
 
 
 def _for_choices(
@@ -201,12 +191,15 @@ def _for_choices(
     for name in fields:
         if name not in kept:
             raise ValueError(
-                f"choices: expected only {sorted(kept)} beside it, got {name}={fields[name]!r}; "
-                f"remove {name!r}"
+                f"choices: expected only {sorted(kept)} beside it, got "
+                f"{name}={shown(fields[name])}; remove {name!r}"
             )
+    from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
     return SamplerConfig(
         policy=CHOICES,
         frame=options.build(FrameConfig, kept | dict(fields)),
+        settings=ChoicesConfig(),
         server=base.server,
         given_text=given_text,
     )
@@ -214,75 +207,53 @@ def _for_choices(
 
 def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
     name, value = next(iter(fields.items()))
-    return ValueError(f"{name}: expected {where} only, got {value!r} in {found}; remove it there")
-
-
-def plan_canvas(
-    config: SamplerConfig, *, prompt_len: int, max_tokens: int, max_model_len: int
-) -> CanvasPlan:
-    """Fix the canvas of one request.
-
-    Args:
-        config: the request's settings.
-        prompt_len: tokens of the prompt.
-        max_tokens: the request's `max_tokens`.
-        max_model_len: tokens that the model's context holds.
-
-    Raises:
-        ValueError: when lengths or steps do not divide, or the canvas does not fit.
-    """
-    frame = config.frame
-    room = max_model_len - prompt_len
-    given_text = config.given_text.length
-    wanted = frame.gen_length or given_text or max_tokens
-    source = "gen_length" if frame.gen_length else "max_tokens"
-    if given_text and not frame.gen_length:
-        source = CHOICES if config.given_text.choices else "canvas_template"
-    if wanted < (given_text or 0):
-        raise ValueError(
-            f"gen_length: expected at least the {given_text} tokens of canvas_template, got {wanted}; "
-            f"raise or remove it"
-        )
-    if wanted > room:
-        raise ValueError(
-            f"{source}: expected a canvas of at most {room} tokens (context of {max_model_len} "
-            f"less a prompt of {prompt_len}), got {wanted}; lower {source!r} or shorten the prompt"
-        )
-    block = frame.block_length or min(DEFAULT_BLOCK_LENGTH, wanted)
-    if config.given_text.choices or (source != "max_tokens" and wanted % block):
-        block = block if frame.block_length else wanted
-    if frame.gen_length:
-        _must_divide("gen_length", wanted, "block_length", block)
-    # A template is as long as it is, whatever its blocks.
-    room = wanted if source == "canvas_template" else room
-    # Rounding up may not push a canvas that fits out of the context: the last block is cut there.
-    gen_length = min(-(-wanted // block) * block, room)
-    blocks = -(-gen_length // block)
-    steps_per_block = None
-    if frame.steps is not None:
-        _must_divide("steps", frame.steps, "number of blocks", blocks)
-        steps_per_block = frame.steps // blocks
-    return CanvasPlan(
-        gen_length=gen_length,
-        block_length=block,
-        steps_per_block=steps_per_block,
-        tokens_per_step=frame.tokens_per_step or DEFAULT_TOKENS_PER_STEP,
+    return ValueError(
+        f"{name}: expected {where} only, got {shown(value)} in {found}; remove it there"
     )
 
 
-def _must_divide(name: str, value: int, by_name: str, by: int) -> None:
-    if value % by:
-        raise ValueError(
-            f"{name}: expected a multiple of {by_name} ({by}), got {value}; "
-            f"use {value // by * by or by} or {-(-value // by) * by}"
-        )
+def read_json(name: str, value: Any) -> Any:
+    """Read JSON text where a field cannot be nested (HTTP); leave every other value alone.
 
+    Args:
+        name: of the field, for errors.
+        value: what it holds.
 
-def plain(value: Any) -> Any:
-    """Read JSON text where a field cannot be nested (HTTP); leave every other value alone."""
-    if isinstance(value, str) and value[:1] in "[{":
+    Raises:
+        ValueError: for text that is too long, and for values that are nested too deeply or hold
+            numbers of thousands of digits.
+    """
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        if len(value) > MAX_JSON_LENGTH:
+            raise ValueError(
+                f"{name}: expected JSON text of at most {MAX_JSON_LENGTH} characters, got "
+                f"{len(value)}; shorten it"
+            )
         try:
-            return json.loads(value)
+            value = json.loads(value)
+        except RecursionError:
+            raise _too_deep(name) from None
         except json.JSONDecodeError:
-            return value
+            return value  # a text that only looks like it; its field says what it expects
+        except ValueError:
+            raise ValueError(
+                f"{name}: expected numbers of ordinary size in JSON text, got one of thousands of "
+                f"digits; correct it"
+            ) from None
+    if _deeper_than(MAX_JSON_DEPTH, value):
+        raise _too_deep(name)
     return value
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(levels - 1, part) for part in parts)
+
+
+def _too_deep(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected at most {MAX_JSON_DEPTH} levels of lists and objects, got more; "
+        f"flatten it"
+    )

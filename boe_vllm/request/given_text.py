@@ -1,37 +1,92 @@
 """What a request says about the text itself: fixed pieces of it, or the answers to choose from.
 
-Text becomes token ids once, at admission; lists of token ids are taken as they are, so a resolved
-request reads like any other.
+Text becomes token ids once, when the request is resolved; lists of token ids are taken as they are.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from boe_vllm.base import options
+from boe_vllm.base.options import shown
 
-NonNegative = Annotated[int, Field(ge=0)]
-Tokens = Annotated[list[NonNegative], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
 Encode = Callable[[str], list[int]]
 
 MAX_CHOICES = 64
+
+_TEXT = "text or a list of token ids"
+
+
+def _checked_pieces(value: Any) -> Any:
+    return _each("piece", value, f"{_TEXT}, or a number of masks", number=True)
+
+
+def _checked_choices(value: Any) -> Any:
+    return _each("choice", value, _TEXT)
+
+
+def _each(what: str, value: Any, expected: str, number: bool = False) -> Any:
+    """Check what a list holds piece by piece, so that the error is one sentence about one piece."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    pieces = []
+    for n, piece in enumerate(value):
+        taken: Any = None
+        if isinstance(piece, str):
+            taken = _well_formed(piece)
+        elif isinstance(piece, (list, tuple)):
+            taken = _tokens(piece)
+        else:
+            taken = number and _whole_number(piece, least=1)
+        if not taken:
+            raise ValueError(f"{what} {n}: expected {expected}, got {shown(piece)}; correct it")
+        pieces.append(taken)
+    return pieces
+
+
+def _well_formed(text: str) -> str | None:
+    """The text, unless it holds half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    return text if text.encode(errors="ignore").decode() == text else None
+
+
+def _tokens(piece: list[Any] | tuple[Any, ...]) -> list[int] | None:
+    tokens = [_whole_number(token, least=0) for token in piece]
+    return None if None in tokens else tokens  # type: ignore[return-value]
+
+
+def _whole_number(value: Any, least: int) -> int | None:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        return None
+    return number if number >= least and not isinstance(value, bool) else None
+
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Template = Annotated[
+    list[Text | Annotated[int, Field(ge=1)] | Tokens],
+    Field(min_length=1),
+    BeforeValidator(_checked_pieces),
+]
+Choices = Annotated[
+    list[Text | Tokens],
+    Field(min_length=1, max_length=MAX_CHOICES),
+    BeforeValidator(_checked_choices),
+]
 
 
 @options.options
 class GivenText:
     """Fields of a request that a server has no defaults for."""
 
-    canvas_template: (
-        Annotated[list[Text | Annotated[int, Field(ge=1)] | Tokens], Field(min_length=1)] | None
-    ) = None
+    canvas_template: Template | None = None
     """The canvas piece by piece: text or token ids that stand there, or a number of masks."""
-    choices: Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_CHOICES)] | None = (
-        None
-    )
+    choices: Choices | None = None
     """Answers, one of which is the output: the one that the model finds likeliest."""
 
     def __post_init__(self) -> None:
@@ -44,29 +99,31 @@ class GivenText:
         if not any(isinstance(piece, int) for piece in self.canvas_template):
             raise ValueError(
                 f"canvas_template: expected a number of masks between the texts, got "
-                f"{self.canvas_template!r}; add one"
+                f"{shown(self.canvas_template)}; add one"
             )
 
-    def encoded(self, encode: Encode | None) -> dict[str, Any]:
-        """The fields with token ids for texts.
+    def encoded(self, encode: Encode | None, vocab_size: int) -> GivenText:
+        """The same in tokens.
+
+        Args:
+            encode: of the model's tokenizer, without special tokens; None if there is none.
+            vocab_size: token ids are below it.
 
         Raises:
-            ValueError: for text without a tokenizer, or two answers of the same tokens.
+            ValueError: for text without a tokenizer, for an unknown token, or for two answers of
+                the same tokens.
         """
-        fields: dict[str, Any] = {}
-        if self.canvas_template is not None:
-            fields["canvas_template"] = [
-                _tokens("canvas_template", piece, encode) for piece in self.canvas_template
-            ]
-        if self.choices is not None:
-            answers = [_tokens("choices", answer, encode) for answer in self.choices]
-            if len({tuple(answer) for answer in answers}) < len(answers):
-                raise ValueError(
-                    f"choices: expected answers that differ, got {self.choices!r}; "
-                    f"remove those that are there twice"
-                )
-            fields["choices"] = answers
-        return fields
+        fields = {
+            name: [_encoded(name, piece, encode, vocab_size) for piece in pieces]
+            for name, pieces in self.given().items()
+        }
+        answers = fields.get("choices")
+        if answers and len(set(map(tuple, answers))) < len(answers):
+            raise ValueError(
+                f"choices: expected answers that differ, got {shown(self.choices)}; remove those "
+                f"that are there twice"
+            )
+        return options.restore(GivenText, {"canvas_template": None, "choices": None} | fields)
 
     def template(self, mask_token_id: int) -> list[int] | None:
         """Token ids of an encoded template, masks included."""
@@ -90,9 +147,14 @@ class GivenText:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def source(self) -> str | None:
+        """The name of the field that is set, if one is."""
+        return next(iter(self.given()), None)
+
+    @property
     def length(self) -> int | None:
         """Tokens of the canvas that follows: the template's, or the longest answer's and an end of
-        text; None if the given_text says nothing about it. To be asked of encoded given_text."""
+        text; None if nothing is given. To be asked of encoded text."""
         if self.canvas_template is not None:
             return sum(p if isinstance(p, int) else len(p) for p in self.canvas_template)
         if self.choices is not None:
@@ -101,25 +163,31 @@ class GivenText:
 
 
 def split_given_text(fields: Mapping[str, Any]) -> tuple[GivenText, dict[str, Any]]:
-    """The given_text among a request's fields, and the other fields.
+    """The given text among a request's fields, and the other fields.
 
     Raises:
         ValueError: for an invalid value, by name.
     """
     own = options.names(GivenText)
-    given_text = {k: v for k, v in fields.items() if k in own and v is not None}
-    return options.build(GivenText, given_text), {k: v for k, v in fields.items() if k not in own}
+    given = {k: v for k, v in fields.items() if k in own and v is not None}
+    return options.build(GivenText, given), {k: v for k, v in fields.items() if k not in own}
 
 
-def _tokens(name: str, piece: Any, encode: Encode | None) -> Any:
-    if not isinstance(piece, str):
+def _encoded(name: str, piece: Any, encode: Encode | None, vocab_size: int) -> Any:
+    if isinstance(piece, int):
         return piece
-    if encode is None:
+    if isinstance(piece, str) and encode is None:
         raise ValueError(
-            f"{name}: expected token ids where the server has no tokenizer, got {piece!r}; "
+            f"{name}: expected token ids where the server has no tokenizer, got {shown(piece)}; "
             f"send lists of token ids"
         )
-    tokens = encode(piece)
+    tokens = encode(piece) if encode is not None and isinstance(piece, str) else piece
     if not tokens:
-        raise ValueError(f"{name}: expected text of at least one token, got {piece!r}; change it")
+        raise ValueError(
+            f"{name}: expected text of at least one token, got {shown(piece)}; change it"
+        )
+    if max(tokens) >= vocab_size:
+        raise ValueError(
+            f"{name}: expected token ids below {vocab_size}, got {max(tokens)}; correct it"
+        )
     return tokens

@@ -1,4 +1,4 @@
-"""What only the server may set, in vLLM's `additional_config`: memory, and limits on requests.
+"""What only the server may set, in vLLM's `additional_config`: memory, defaults, and limits.
 
 The limits have defaults that every sensible request stays below, so that no single one can take
 the machine. vLLM's own limits hold beside them (`max_model_len`, `max_num_batched_tokens`,
@@ -7,26 +7,37 @@ the machine. vLLM's own limits hold beside them (`max_model_len`, `max_num_batch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from boe_vllm.base import options
+from boe_vllm.base.options import shown
+from boe_vllm.request.config import PositiveInt, SamplerConfig, parse_sampler_config
 
-if TYPE_CHECKING:
-    from boe_vllm.policies import Policy
-    from boe_vllm.request.config import CanvasPlan, SamplerConfig
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
-PositiveInt = Annotated[int, Field(ge=1)]
+BUDGET_MB = {"cpu": 256, "cuda": 2048}
 
 
 @options.options
 class EngineSettings:
     """The server's settings; see the module."""
 
-    logits_budget_mb: PositiveInt = 256
-    """Largest temporary of rows x vocabulary, MiB; more rows are computed tile by tile."""
+    logits_budget_mb: PositiveInt | None = None
+    """Largest temporary of rows x vocabulary, MiB; more rows are computed tile by tile. Default:
+    256 on a CPU, 2048 on a GPU."""
+    attention_impl: Literal["auto", "torch", "xformers"] = "auto"
+    """Kernels of the attention: PyTorch's or xformers'; "auto" takes what suits the device."""
+    score_grid: Annotated[float, Field(gt=0)] | None = None
+    """Round statistics to multiples of this before policies compare them, for tensor parallelism
+    across unlike hardware. Default: no rounding."""
+    default_max_tokens: PositiveInt = 256
+    """Tokens of a canvas where a request gives neither `max_tokens` nor a length of its own."""
+    default_seed: Seed | None = None
+    """Seed of requests that give none. Default: a fresh one for each."""
     max_gen_length: PositiveInt | None = None
     """Tokens of a canvas. Default: what the model's context leaves."""
     max_steps: PositiveInt = 16_384
@@ -46,59 +57,70 @@ class EngineSettings:
         known = options.names(cls)
         return options.build(cls, {k: v for k, v in additional_config.items() if k in known})
 
-    def check(
-        self,
-        config: SamplerConfig,
-        plan: CanvasPlan,
-        policy: Policy,
-        *,
-        prompt_len: int,
-        infill: int,
-    ) -> None:
+    def budget_bytes(self, device_type: str) -> int:
+        """`logits_budget_mb` in bytes, for a kind of device as PyTorch calls it."""
+        return (self.logits_budget_mb or BUDGET_MB.get(device_type, BUDGET_MB["cpu"])) * 2**20
+
+    def check(self, field: str, value: int) -> None:
         """Refuse a request that is beyond a limit.
 
         Args:
-            config: the request's.
-            plan: its canvas.
-            policy: what decodes it.
-            prompt_len: tokens of its prompt.
-            infill: how many of them are masks.
+            field: of the request, that what is limited follows from; a key of `_LIMITS`.
+            value: what it comes to.
 
         Raises:
             ValueError: naming the field, the limit and what came.
         """
-        length = prompt_len + plan.gen_length
-        guided = 1 + (config.frame.cfg_scale > 0)
-        block = min(plan.block_length, plan.gen_length)
-        steps = plan.steps_for(block)
-        blocks = -(-plan.gen_length // plan.block_length)
-        # Masks in the prompt are written with the first block, and make it longer.
-        masks = block + infill
-        total = (blocks - 1) * policy.step_limit(block, steps)
-        total += policy.step_limit(masks, plan.steps_for(masks))
-        rows = guided * policy.rows_ahead(masks=masks, quota=-(-masks // steps), length=length)
-        for name, value, limit, remedy in (
-            ("gen_length", plan.gen_length, self.max_gen_length, "lower it or max_tokens"),
-            ("steps", total, self.max_steps, "lower it, or choose another policy"),
-            ("policy", rows, self.max_lookahead_rows, "look ahead less, or lower block_length"),
-            (
-                "trace",
-                plan.gen_length * config.frame.trace,
-                self.max_trace_length,
-                "remove it or lower gen_length",
-            ),
-        ):
-            if limit is not None and value > limit:
-                what = _UNITS[name]
-                raise ValueError(
-                    f"{name}: expected at most {limit} {what} (a limit of this server), got "
-                    f"{value}; {remedy}"
-                )
+        setting, unit, remedy = _LIMITS[field]
+        limit = getattr(self, setting)
+        if limit is not None and value > limit:
+            raise ValueError(
+                f"{field}: expected at most {limit} {unit} (this server's {setting}), got "
+                f"{value}; {remedy}"
+            )
 
 
-_UNITS = {
-    "gen_length": "tokens of canvas",
-    "steps": "denoising steps",
-    "policy": "rows of look-ahead in a step",
-    "trace": "tokens of canvas with a trace",
+# Field of a request -> the setting that limits it, what is counted, and what to do.
+_LIMITS = {
+    "gen_length": ("max_gen_length", "tokens of canvas", "lower it or max_tokens"),
+    "steps": ("max_steps", "denoising steps", "lower it, or choose another policy"),
+    "policy": (
+        "max_lookahead_rows",
+        "rows of look-ahead in a step",
+        "look ahead less, or lower block_length",
+    ),
+    "trace": ("max_trace_length", "tokens of canvas with a trace", "remove it or lower gen_length"),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """What the server says about all requests."""
+
+    config: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    """Defaults of the requests' fields."""
+    limits: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+
+    @classmethod
+    def read(cls, additional_config: Mapping[str, Any]) -> ServerSettings:
+        """The defaults in `sampler` and `sampler_config`, and our settings beside them.
+
+        Raises:
+            ValueError: naming the field, what was expected and what came.
+        """
+        limits = EngineSettings.read(additional_config)
+        sampler = additional_config.get("sampler")
+        fields = additional_config.get("sampler_config")
+        fields = {} if fields is None else fields
+        if not isinstance(fields, Mapping):
+            raise ValueError(
+                f"sampler_config: expected a mapping such as {{'rho': 0.25}}, got {shown(fields)}"
+            )
+        if sampler is not None:
+            if fields.get("policy", sampler) != sampler:
+                raise ValueError(
+                    f"sampler: expected the policy of sampler_config ({fields['policy']!r}), got "
+                    f"{sampler!r}; remove one of them"
+                )
+            fields = {**fields, "policy": sampler}
+        return cls(config=parse_sampler_config(fields), limits=limits)

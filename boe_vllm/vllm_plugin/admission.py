@@ -1,160 +1,151 @@
 """Whether a request can be served, decided before the engine sees it.
 
 Every check raises where the HTTP server answers 400. What vLLM offers and masked diffusion does not
-support is refused rather than ignored.
+support is refused rather than ignored. What a request asks for is resolved here, once
+(`request.resolve`), and travels in `SamplingParams.extra_args` to the scheduler and the workers.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 import json
-import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
 
-from boe_vllm.decoding.canvas import policy_of
-from boe_vllm.request.config import CanvasPlan, SamplerConfig, parse_sampler_config, plan_canvas
-from boe_vllm.request.limits import EngineSettings
-from boe_vllm.sampling.constraints import Constraint
-from boe_vllm.vllm_plugin.token_fields import NEUTRAL, check_neutral, check_tokens, resolve
+from boe_vllm.base.options import shown
+from boe_vllm.request.config import VLLM_EXTRA_ARGS
+from boe_vllm.request.given_text import Encode
+from boe_vllm.request.limits import ServerSettings
+from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.vllm_plugin.transport import check_transport, refusal
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
 
-_seeds = random.Random()
+KEY = "boe_vllm"
+"""Where in `extra_args` the resolved request travels. As a field of a request it is unknown."""
 
-
-def parse_server_config(additional_config: Mapping[str, Any]) -> SamplerConfig:
-    """The server's defaults from `additional_config`'s `sampler` and `sampler_config`.
-
-    Raises:
-        ValueError: naming the field, what was expected and what came.
-    """
-    sampler = additional_config.get("sampler")
-    fields = additional_config.get("sampler_config")
-    if fields is None:
-        fields = {}
-    if not isinstance(fields, Mapping):
-        raise ValueError(
-            f"sampler_config: expected a mapping such as {{'rho': 0.25}}, got {fields!r}"
-        )
-    if sampler is None:
-        return parse_sampler_config(fields)
-    if fields.get("policy", sampler) != sampler:
-        raise ValueError(
-            f"sampler: expected the policy of sampler_config ({fields['policy']!r}), "
-            f"got {sampler!r}; remove one of them"
-        )
-    return parse_sampler_config({**fields, "policy": sampler})
+# Fields of SamplingParams that have no meaning here -> the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "logprob_token_ids": (None,),
+    "structured_outputs": (None,),
+    "trace_decode_token_ids": (None,),
+    "thinking_token_budget": (None,),
+}
+_INSTEAD = {
+    "structured_outputs": "; no grammar can follow tokens that are written in any order: send "
+    "canvas_template or choices in vllm_xargs instead",
+    "prompt_logprobs": "; echo asks for it too: in a chat always, elsewhere together with logprobs",
+}
 
 
-def server_config(vllm_config: VllmConfig) -> SamplerConfig:
-    """The server's defaults as the engine's wiring left them in `additional_config`."""
-    return _read_server_config(json.dumps(vllm_config.additional_config["sampler_config"]))
+# ---- the server --------------------------------------------------------------------------------
+
+
+def server_settings(vllm_config: VllmConfig) -> ServerSettings:
+    """What the server says about all requests, from `additional_config`."""
+    return _read_server_settings(json.dumps(vllm_config.additional_config, default=str))
 
 
 @functools.lru_cache(maxsize=8)
-def _read_server_config(text: str) -> SamplerConfig:
-    return parse_sampler_config(json.loads(text))
+def _read_server_settings(text: str) -> ServerSettings:
+    return ServerSettings.read(json.loads(text))
 
 
-def plan_request(
-    prompt_len: int, sampling_params: SamplingParams, vllm_config: VllmConfig
-) -> tuple[SamplerConfig, CanvasPlan]:
-    """What one request asks for, over the server's defaults, and the canvas that follows.
-
-    The same in every process: it depends on the arguments alone.
-
-    Raises:
-        ValueError: for a field that is unknown or invalid, or a canvas that does not fit.
-    """
-    assert sampling_params.max_tokens is not None  # vLLM fills it in before us
-    config = parse_sampler_config(sampling_params.extra_args or {}, base=server_config(vllm_config))
-    plan = plan_canvas(
-        config,
-        prompt_len=prompt_len,
-        max_tokens=sampling_params.max_tokens,
-        max_model_len=vllm_config.model_config.max_model_len,
+def model_facts(model_config: ModelConfig) -> ModelFacts:
+    """What resolving a request needs to know of the model."""
+    return ModelFacts(
+        vocab_size=model_config.get_vocab_size(),
+        max_model_len=model_config.max_model_len,
+        mask_token_id=model_config.hf_config.mask_token_id,
+        eos_token_id=model_config.hf_config.eos_token_id,
+        encode=_encoder(model_config),
     )
-    return config, plan
 
 
-def check(
-    prompt_token_ids: Sequence[int], sampling_params: SamplingParams, vllm_config: VllmConfig
-) -> CanvasPlan:
-    """Check one request and change nothing.
+def _encoder(model_config: ModelConfig) -> Encode | None:
+    if model_config.skip_tokenizer_init:
+        return None
+    tokenizer = cached_tokenizer_from_config(model_config)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+# ---- a request ---------------------------------------------------------------------------------
+
+
+def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
+    """Resolve a request as the HTTP server hands it over, before its response begins.
+
+    Args:
+        prompt: as `AsyncLLM.generate` takes it; where its tokens are not known yet, everything is
+            left to `admit_request`, which sees every request.
+        params: the caller's, left as they are.
+        processor: the engine's.
+
+    Returns:
+        The params to go on with: a copy that holds the resolved request, or the caller's.
 
     Raises:
         VLLMValidationError: naming the field, what was expected and what came.
     """
-    check_neutral(sampling_params, NEUTRAL, "masked diffusion decoding")
-    vocab_size = vllm_config.model_config.get_vocab_size()
-    for token in prompt_token_ids:
-        if not 0 <= token < vocab_size:
-            raise VLLMValidationError(
-                f"prompt: expected token ids from 0 to {vocab_size - 1}, got {token}; "
-                f"tokenize the prompt with this model's tokenizer",
-                parameter="prompt",
-            )
+    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if token_ids is None or not isinstance(params, SamplingParams):
+        return params
+    config = processor.vllm_config
+    _refuse_what_would_be_ignored(params)
+    own = params.clone()
+    _process_as_vllm_will(own, len(token_ids), processor)
+    resolved = _resolve(token_ids, own, config)
+    _complete(own, resolved)
+    check_transport(own)
+    # The next stage finds the object itself, which no client can send.
+    own.extra_args = {**(own.extra_args or {}), KEY: resolved}
+    own.skip_clone = True
+    return own
+
+
+def _process_as_vllm_will(
+    params: SamplingParams, prompt_len: int, processor: InputProcessor
+) -> None:
+    """What vLLM's input processing does to params, which doing it twice does not change."""
+    config = processor.vllm_config
     try:
-        config, plan = plan_request(len(prompt_token_ids), sampling_params, vllm_config)
-        check_tokens(config, prompt_token_ids, sampling_params, vllm_config)
-        policy = policy_of(config, vllm_config.model_config.hf_config.eos_token_id, Constraint())
-        settings = EngineSettings.read(vllm_config.additional_config)
-        mask = vllm_config.model_config.hf_config.mask_token_id
-        infill = list(prompt_token_ids).count(mask)
-        settings.check(config, plan, policy, prompt_len=len(prompt_token_ids), infill=infill)
-    except ValueError as error:
-        raise VLLMValidationError(str(error)) from error
-    return plan
-
-
-def admit(
-    prompt_token_ids: Sequence[int], sampling_params: SamplingParams, vllm_config: VllmConfig
-) -> CanvasPlan:
-    """Check one request and fix what the engine needs of it: `max_tokens`, seed and end of text.
-
-    A `gen_length` of the request overrides `max_tokens`, whose default over HTTP (16) would cut
-    the canvas. A server's `gen_length` caps it: a request may still ask for less. A request
-    without a seed gets one here, so that all workers draw the same random numbers.
-
-    Args:
-        prompt_token_ids: token ids of the prompt.
-        sampling_params: the engine's private copy, updated in place.
-        vllm_config: the engine's configuration.
-
-    Raises:
-        VLLMValidationError: as `check`.
-    """
-    resolve(sampling_params, vllm_config)
-    if sampling_params.eos_token_id is None:
-        # vLLM takes it from the tokenizer, which may have none or not be loaded.
-        eos_token_id = vllm_config.model_config.hf_config.eos_token_id
-        sampling_params.update_from_generation_config({}, eos_token_id)
-    if sampling_params.bad_words and sampling_params.bad_words_token_ids is None:
-        raise VLLMValidationError(
-            "bad_words: expected none where the server has no tokenizer, got "
-            f"{sampling_params.bad_words!r}; remove it",
-            parameter="bad_words",
+        params.verify(
+            config.model_config,
+            config.speculative_config,
+            config.structured_outputs_config,
+            processor.tokenizer,
         )
-    plan = check(prompt_token_ids, sampling_params, vllm_config)
-    own = sampling_params.extra_args or {}
-    if any(own.get(name) is not None for name in ("gen_length", "canvas_template", "choices")):
-        sampling_params.max_tokens = plan.gen_length
-    elif server_config(vllm_config).frame.gen_length is not None:
-        sampling_params.max_tokens = min(sampling_params.max_tokens, plan.gen_length)
-    if sampling_params.seed is None:
-        sampling_params.seed = _seeds.getrandbits(31)
-    return plan
+        if params.max_tokens is None:
+            params.max_tokens = config.model_config.max_model_len - prompt_len
+        params.update_from_generation_config(
+            processor.generation_config_fields, processor.renderer.get_eos_token_id()
+        )
+        if processor.tokenizer is not None:
+            params.update_from_tokenizer(processor.tokenizer)
+    except (ValueError, VLLMValidationError) as error:
+        raise refusal(error) from error
 
 
 def admit_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
-    """`admit` for what vLLM's input processing returns."""
+    """Resolve what vLLM's input processing returns, unless that is done, and complete it in place.
+
+    Raises:
+        VLLMValidationError: naming the field, what was expected and what came.
+    """
     params = request.sampling_params
     if params is None:
         return  # a pooling request, which vLLM refuses by itself
@@ -166,24 +157,120 @@ def admit_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         )
     if request.resumable:
         raise VLLMValidationError(
-            "a prompt in several parts is not supported by masked diffusion decoding: expected "
-            "one complete prompt; send it as a whole"
+            "prompt: expected one complete prompt, got one in several parts, which masked "
+            "diffusion decoding does not support; send it as a whole",
+            parameter="prompt",
         )
     admit(request.prompt_token_ids, params, vllm_config)
+    check_transport(request)
 
 
-def check_early(prompt: Any, sampling_params: Any, vllm_config: VllmConfig) -> None:
-    """`check` a request as the HTTP server hands it over, where its tokens are known already.
+def admit(
+    prompt_token_ids: Sequence[int], params: SamplingParams, vllm_config: VllmConfig
+) -> ResolvedRequest:
+    """Resolve one request, unless that is done, and make its params what the engine needs.
 
-    What cannot be told yet is left to `admit_request`, which sees every request.
+    Args:
+        prompt_token_ids: token ids of the prompt.
+        params: the engine's private copy, updated in place.
+        vllm_config: the engine's configuration.
+
+    Raises:
+        VLLMValidationError: naming the field, what was expected and what came.
     """
-    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    if token_ids is None or not isinstance(sampling_params, SamplingParams):
-        return
-    if sampling_params.max_tokens is None:
-        sampling_params = sampling_params.clone()
-        sampling_params.max_tokens = vllm_config.model_config.max_model_len - len(token_ids)
-    else:
-        sampling_params = copy.copy(sampling_params)
-    resolve(sampling_params, vllm_config)
-    check(token_ids, sampling_params, vllm_config)
+    resolved = (params.extra_args or {}).get(KEY)
+    if not isinstance(resolved, ResolvedRequest):
+        _refuse_what_would_be_ignored(params)
+        check_transport(params)  # the Python interface takes values of any type
+        resolved = _resolve(prompt_token_ids, params, vllm_config)
+    _complete(params, resolved)
+    return resolved
+
+
+def read_resolved(params: SamplingParams | None) -> ResolvedRequest:
+    """The request that admission has resolved, in the engine or a worker.
+
+    Raises:
+        ValueError: for a request that went around admission.
+    """
+    wire = wire_of(params)
+    if params is None or wire is None:
+        raise ValueError(
+            "prompt: expected a request that vLLM's input processing has seen, got one that was "
+            "handed to the engine directly; send the prompt itself"
+        )
+    # vLLM gives each of a request's `n` copies a seed of its own, and takes -1 for none.
+    seed = -1 if params.seed is None else params.seed
+    return dataclasses.replace(ResolvedRequest.from_wire(wire), seed=seed)
+
+
+def wire_of(params: SamplingParams | None) -> Mapping[str, Any] | None:
+    """The resolved request as it travels; None for a request that went around admission."""
+    return None if params is None else (params.extra_args or {}).get(KEY)
+
+
+def _refuse_what_would_be_ignored(params: SamplingParams) -> None:
+    for name, neutral in NEUTRAL.items():
+        value = getattr(params, name)
+        # Arrays have no truth value, and none of these is neutral as an array.
+        if hasattr(value, "shape") or value not in neutral:
+            raise VLLMValidationError(
+                f"{name} is not supported by masked diffusion decoding: expected {neutral[0]!r}, "
+                f"got {shown(value)}; remove it{_INSTEAD.get(name, '')}",
+                parameter=name,
+            )
+
+
+def _resolve(
+    prompt_token_ids: Sequence[int], params: SamplingParams, vllm_config: VllmConfig
+) -> ResolvedRequest:
+    """`request.resolve.resolve` of vLLM's params."""
+    model = model_facts(vllm_config.model_config)
+    if params.eos_token_id is None:
+        # vLLM takes it from the tokenizer, which may have none or not be loaded.
+        params.update_from_generation_config({}, model.eos_token_id)
+    try:
+        return resolve(
+            params.extra_args or {},
+            prompt=prompt_token_ids,
+            sampling=_sampling_fields(params),
+            server=server_settings(vllm_config),
+            model=model,
+        )
+    except ValueError as error:
+        raise refusal(error) from error
+
+
+def _sampling_fields(params: SamplingParams) -> SamplingFields:
+    if params.bad_words and params.bad_words_token_ids is None:
+        raise ValueError(
+            f"bad_words: expected none where the server has no tokenizer, got "
+            f"{shown(params.bad_words)}; remove it"
+        )
+    assert params.max_tokens is not None  # vLLM fills it in before us
+    return SamplingFields(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature,
+        seed=params.seed,
+        logprobs=params.logprobs,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        logit_bias=params.logit_bias or {},
+        allowed_token_ids=params.allowed_token_ids,
+        bad_words=params.bad_words_token_ids or (),
+        stop_token_ids=params.all_stop_token_ids,
+    )
+
+
+def _complete(params: SamplingParams, resolved: ResolvedRequest) -> None:
+    """Tell vLLM what follows from the resolved request, and let it travel."""
+    params.max_tokens = resolved.max_tokens
+    # Stop strings that lie within given text end nothing.
+    params.min_tokens = max(params.min_tokens, resolved.text_end)
+    params.seed = resolved.seed
+    if params.logprobs is not None:
+        params.logprobs = resolved.top_logprobs
+    extra = {k: v for k, v in (params.extra_args or {}).items() if k in VLLM_EXTRA_ARGS}
+    params.extra_args = extra | {KEY: resolved.to_wire()}

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from boe_vllm.request.limits import EngineSettings
+from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.vllm_plugin import admission
-from boe_vllm.vllm_plugin.admission import parse_server_config
-from boe_vllm.vllm_plugin.token_fields import NEUTRAL
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
 
 logger = init_logger("vllm." + __name__)
 
 SCHEDULER = "boe_vllm.vllm_plugin.scheduler.DiffusionScheduler"
-CPU_WORKER = "boe_vllm.vllm_plugin.worker.DiffusionCPUWorker"
-GPU_WORKER = "boe_vllm.vllm_plugin.worker.DiffusionGPUWorker"
+CPU_WORKER = "boe_vllm.vllm_plugin.cpu_worker.DiffusionCPUWorker"
+GPU_WORKER = "boe_vllm.vllm_plugin.gpu_worker.DiffusionGPUWorker"
 
 SAFE_FORMATS = ("safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
@@ -50,13 +49,14 @@ class LLaDAEngineConfig:
         Raises:
             ValueError: for a setting that masked diffusion does not support.
         """
+        EngineSettings.read(vllm_config.additional_config)
         _refuse_unsupported(vllm_config)
         vllm_config.model_config.hf_config.check_supported()  # --hf-overrides came after loading
         _set_weights(vllm_config)
         _set_sampler(vllm_config)
         _set_engine_parts(vllm_config)
         _set_schedule(vllm_config)
-        _neutralise_generation_config(vllm_config.model_config)
+        _set_request_defaults(vllm_config)
 
     @staticmethod
     def admit_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
@@ -64,9 +64,9 @@ class LLaDAEngineConfig:
         admission.admit_request(request, vllm_config)
 
     @staticmethod
-    def check_request(prompt: Any, params: Any, vllm_config: VllmConfig) -> None:
-        """See `admission.check_early`."""
-        admission.check_early(prompt, params, vllm_config)
+    def check_request(prompt: Any, params: Any, processor: InputProcessor) -> Any:
+        """See `admission.resolve_early`."""
+        return admission.resolve_early(prompt, params, processor)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -121,8 +121,7 @@ def _any_safetensors(files: list[str]) -> bool:
 def _set_sampler(vllm_config: VllmConfig) -> None:
     """Parse the server's defaults once; every process reads them back from `additional_config`."""
     additional = dict(vllm_config.additional_config)
-    EngineSettings.read(additional)
-    config = parse_server_config(additional)
+    config = ServerSettings.read(additional).config
     additional["sampler"] = config.policy
     additional["sampler_config"] = config.as_dict()
     vllm_config.additional_config = additional
@@ -174,10 +173,13 @@ def _set_schedule(vllm_config: VllmConfig) -> None:
         scheduler.max_num_batched_tokens = max_model_len
 
 
-def _neutralise_generation_config(model_config: ModelConfig) -> None:
-    """A checkpoint's generation_config.json may set defaults that we would refuse in a request."""
+def _set_request_defaults(vllm_config: VllmConfig) -> None:
+    """Defaults of requests: ours, and those of a checkpoint's generation_config.json unless they
+    are such as we would refuse in a request."""
+    model_config = vllm_config.model_config
     defaults = model_config.get_diff_sampling_param()
-    for name, neutral in NEUTRAL.items():
+    changed = model_config.override_generation_config
+    for name, neutral in admission.NEUTRAL.items():
         if name in defaults and defaults[name] not in neutral:
             logger.warning(
                 "%s=%s of the generation config is not supported by masked diffusion decoding; "
@@ -185,4 +187,9 @@ def _neutralise_generation_config(model_config: ModelConfig) -> None:
                 name,
                 defaults[name],
             )
-            model_config.override_generation_config[name] = neutral[0]
+            changed[name] = neutral[0]
+    # Otherwise a request without `max_tokens` has the whole context as its canvas. Of a generation
+    # config that the server names itself vLLM would make a limit of it.
+    if "max_tokens" not in defaults and model_config.generation_config in ("auto", "vllm"):
+        settings = EngineSettings.read(vllm_config.additional_config)
+        changed["max_new_tokens"] = settings.default_max_tokens

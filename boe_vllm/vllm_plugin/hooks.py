@@ -17,8 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from boe_vllm.vllm_plugin import versions
-from boe_vllm.vllm_plugin.post_import import when_imported
-from boe_vllm.vllm_plugin.wrapping import wrap
+from boe_vllm.vllm_plugin.wrapping import when_imported, wrap
 
 ARCHITECTURE = "LLaDAModelLM"
 FLAGS = ("sampler", "sampler_config")
@@ -181,9 +180,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked_for = [name for name in FLAGS if name in self.additional_config]
         if asked_for:
-            from boe_vllm.vllm_plugin.admission import parse_server_config
+            from boe_vllm.request.limits import ServerSettings
 
-            parse_server_config(self.additional_config)  # fail before any file of the model is read
+            ServerSettings.read(self.additional_config)  # fail before any file of the model is read
         config = original(self, *args, **kwargs)
         if asked_for and not _is_ours(config):
             raise ValueError(
@@ -240,18 +239,19 @@ def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A plain function around the async generator, so that a bad request fails when it is made:
-    the HTTP server can still answer 400, where inside the generator a stream would have begun.
-    A request that fails later says why, where vLLM says "Internal server error"."""
+    """A plain function around the async generator, so that a request is resolved, and a bad one
+    fails, when it is made: the HTTP server can still answer 400, where inside the generator a
+    stream would have begun. A request that fails later says why, where vLLM says "Internal server
+    error"."""
 
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_ours(self.vllm_config):
             return original(self, prompt, sampling_params, *args, **kwargs)
-        from boe_vllm.vllm_plugin.admission import check_early
+        from boe_vllm.vllm_plugin.admission import resolve_early
         from boe_vllm.vllm_plugin.output import with_reasons
 
-        check_early(prompt, sampling_params, self.vllm_config)
-        return with_reasons(original(self, prompt, sampling_params, *args, **kwargs))
+        params = resolve_early(prompt, sampling_params, self.input_processor)
+        return with_reasons(original(self, prompt, params, *args, **kwargs))
 
     return generate
 

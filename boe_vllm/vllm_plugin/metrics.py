@@ -1,8 +1,8 @@
 """What denoising costs, as Prometheus series on vLLM's own `/metrics`.
 
 vLLM makes one `DenoisingMetrics` in every API server (entry point `vllm.stat_logger_plugins`). The
-worker's counters of each engine step reaches it among vLLM's statistics (`engine.counters`,
-`engine.scheduler`). For models of other kinds there is nothing to record.
+worker's counters of each engine step reach it among vLLM's statistics (`decoding.accounting`,
+`scheduler`). For models of other kinds there is nothing to record.
 """
 
 from __future__ import annotations
@@ -96,10 +96,7 @@ class DenoisingMetrics(AggregateStatLoggerBase):
             for key, value in scheduler_stats.running_lora_adapters.items()
             if key.startswith(PREFIX)
         }
-        if not counters:
-            if scheduler_stats.num_running_reqs == 0:
-                self._set_active(engine, {})
-            return
+        idle = scheduler_stats.num_running_reqs == scheduler_stats.num_waiting_reqs == 0
         active = {}
         for key, value in counters.items():
             name, _, label = key.partition("/")
@@ -116,7 +113,10 @@ class DenoisingMetrics(AggregateStatLoggerBase):
                 labels: list[Any] = [self.model, engine, *([label] if label else [])]
                 scale = MICRO if name == "seconds" else 1
                 self.counters[name].labels(*labels).inc(value / scale)
-        self._set_active(engine, active)
+        if idle:  # the step's counters are of requests that have left since
+            self.gauges["cache_rows_used"].labels(self.model, engine).set(0)
+        if idle or counters:
+            self._set_active(engine, dict.fromkeys(active, 0) if idle else active)
 
     def _set_active(self, engine: str, active: dict[str, int]) -> None:
         known = self._policies.setdefault(engine, set())

@@ -1,30 +1,25 @@
 """The model runner as vLLM's workers see it: requests in, tokens of one denoising step out.
 
-Everything that decides a token is in `engine.loop`; this module translates.
+Everything that decides a token is in `decoding.loop`; this module translates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
-from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.request.limits import EngineSettings
-from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.vllm_plugin.admission import plan_request, server_config
-from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
-from boe_vllm.vllm_plugin.token_fields import token_constraints_of
+from boe_vllm.vllm_plugin.admission import model_facts, read_resolved, server_settings
+from boe_vllm.vllm_plugin.output import to_output
+from boe_vllm.vllm_plugin.warm_up import warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-_GREEDY_BELOW = 1e-5  # vLLM's own limit
-
 
 class DiffusionModelRunner:
     """Holds the network and the denoising loop; has no key/value cache of vLLM's."""
@@ -52,13 +45,14 @@ class DiffusionModelRunner:
         """Remember the configuration; `load_model` does the work.
 
         Args:
-            vllm_config: after `engine.wiring` completed it.
+            vllm_config: after the config hook completed it.
             device: where the network goes.
         """
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.load_config = vllm_config.load_config
         self.scheduler_config = vllm_config.scheduler_config
+        self.settings = EngineSettings.read(vllm_config.additional_config)
         self.device = device
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
@@ -78,7 +72,6 @@ class DiffusionModelRunner:
         parameters = self.model.parameters()
         self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
         late = {config.eos_token_id, config.eot_token_id} - {None}
-        settings = EngineSettings.read(self.vllm_config.additional_config)
         # The scheduler keeps the rows of all requests that hold a canvas within this.
         rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
@@ -87,25 +80,25 @@ class DiffusionModelRunner:
                 mask=config.mask_token_id, eos=config.eos_token_id, late=frozenset(late)
             ),
             device=self.device,
-            budget_bytes=settings.logits_budget_mb * 2**20,
+            budget_bytes=self.settings.budget_bytes(self.device.type),
             cache_rows=rows,
             row_budget=rows,
+            score_grid=self.settings.score_grid,
         )
 
     def warming_up_model(self) -> None:
-        """Run the largest step that the scheduler may ask for, with the server's policy."""
-        max_model_len = self.model_config.max_model_len
-        canvas_len = server_config(self.vllm_config).frame.gen_length or min(32, max_model_len - 1)
-        params = SamplingParams(max_tokens=canvas_len, temperature=0.0)
-        filler = self.model_config.hf_config.eos_token_id or 0
-        number = self.scheduler_config.max_num_batched_tokens // max_model_len
-        req_ids = [f"warm-up-{n}" for n in range(number)]
-        for req_id in req_ids:
-            prompt = [filler] * (max_model_len - canvas_len)
-            self.loop.add(req_id, prompt, self._request_params(prompt, params))
-        self.loop.step(req_ids)
-        for req_id in req_ids:
-            self.loop.remove(req_id)
+        """Run the largest steps, so that too little memory shows now and not under load.
+
+        Raises:
+            RuntimeError: when a step fails.
+        """
+        warm_up(
+            self.loop,
+            server=server_settings(self.vllm_config),
+            model=model_facts(self.model_config),
+            max_rows=self.scheduler_config.max_num_batched_tokens,
+            max_requests=self.scheduler_config.max_num_seqs,
+        )
 
     def get_model(self) -> LLaDAForDiffusion:
         return self.model
@@ -172,25 +165,9 @@ class DiffusionModelRunner:
     def _add(self, request: NewRequestData) -> None:
         if request.req_id in self.loop.canvases:
             return
-        assert request.prompt_token_ids is not None and request.sampling_params is not None
-        prompt = list(request.prompt_token_ids)
-        params = self._request_params(prompt, request.sampling_params)
-        self.loop.add(request.req_id, prompt, params)
-
-    def _request_params(self, prompt: Sequence[int], params: SamplingParams) -> ResolvedRequest:
-        config, plan = plan_request(len(prompt), params, self.vllm_config)
-        count = params.logprobs
-        return ResolvedRequest(
-            config=config,
-            plan=plan,
-            temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
-            seed=params.seed or 0,  # admission gives every request a seed
-            logprobs=count is not None,
-            top_logprobs=self.model.vocab_size if count == -1 else count or 0,
-            constraints=token_constraints_of(
-                config, params, self.model_config.hf_config.mask_token_id
-            ),
-        )
+        assert request.prompt_token_ids is not None
+        resolved = read_resolved(request.sampling_params)
+        self.loop.add(request.req_id, list(request.prompt_token_ids), resolved)
 
     # ---- what vLLM's workers also ask for ------------------------------------------------------
 
@@ -220,50 +197,10 @@ class DiffusionModelRunner:
             self.__dict__.pop(name, None)
 
 
-def to_output(
-    req_ids: Sequence[str], results: dict[str, StepResult], errors: dict[str, str]
-) -> DiffusionModelRunnerOutput:
-    """What vLLM's scheduler reads, for the scheduled requests in their order.
-
-    Args:
-        req_ids: the scheduled requests.
-        results: of the denoising step, by request.
-        errors: of requests that did not take part in it.
-    """
-    errors = errors | {r: result.error for r, result in results.items() if result.error}
-    tokens = [list(results[r].tokens) if r in results else [] for r in req_ids]
-    return DiffusionModelRunnerOutput(
-        req_ids=list(req_ids),
-        req_id_to_index={req_id: index for index, req_id in enumerate(req_ids)},
-        sampled_token_ids=tokens,
-        logprobs=to_logprobs([results[r].logprobs if r in results else None for r in req_ids]),
-        reports={r: result.report for r, result in results.items() if result.report is not None},
-        errors=errors,
-        done={r for r, result in results.items() if result.done and r not in errors},
-    )
-
-
-def to_logprobs(requests: Sequence[list[TokenLogprobs] | None]) -> LogprobsLists | None:
-    """The log-probabilities of all requests' new tokens, one row each, as vLLM slices them.
-
-    Rows are as wide as the widest; vLLM cuts each to what its request asked for.
-
-    Args:
-        requests: for each scheduled request, one entry per new token; None if it did not ask.
-    """
-    rows = [row for request in requests for row in request or ()]
-    if not rows:
-        return None
-    width = max(len(row.token_ids) for row in rows)
-    token_ids = np.zeros((len(rows), width), np.int64)
-    logprobs = np.full((len(rows), width), -np.inf, np.float32)
-    for index, row in enumerate(rows):
-        token_ids[index, : len(row.token_ids)] = row.token_ids
-        logprobs[index, : len(row.logprobs)] = row.logprobs
-    starts = np.cumsum([0] + [len(request or ()) for request in requests])
-    return LogprobsLists(
-        logprob_token_ids=token_ids,
-        logprobs=logprobs,
-        sampled_token_ranks=np.array([row.rank for row in rows], np.int64),
-        cu_num_generated_tokens=starts.tolist(),
-    )
+def check_runner(runner: object) -> None:
+    """Raise RuntimeError unless a worker of vLLM's has made our runner."""
+    if not isinstance(runner, DiffusionModelRunner):
+        raise RuntimeError(
+            f"boe-vllm: expected vLLM's worker to make a DiffusionModelRunner, got "
+            f"{type(runner).__name__}; install a vLLM that this plugin was tested with"
+        )

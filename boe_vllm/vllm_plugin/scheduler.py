@@ -18,7 +18,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from boe_vllm.vllm_plugin.admission import plan_request
+from boe_vllm.vllm_plugin.admission import wire_of
 from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
 
 logger = init_logger("vllm." + __name__)
@@ -37,12 +37,19 @@ class DiffusionScheduler(Scheduler):
         # Our runner reads preempted and resumed requests the way of vLLM's first runner.
         self.use_v2_model_runner = False
         self._rows: dict[str, int] = {}
+        """Rows that one denoising step of each request computes."""
+        self._text_end: dict[str, int] = {}
+        """Tokens of each request's output up to the end of its given text, if it has any."""
         self._reports: dict[str, dict[str, Any]] = {}
         self._counters: dict[str, int] = {}
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        self._rows[request.request_id] = self._count_rows(request)
+        wire = wire_of(request.sampling_params)
+        # A request that went around admission has no rows of its own: the runner says why.
+        self._rows[request.request_id] = self.max_model_len if wire is None else wire["rows"]
+        if wire is not None and wire["text_end"]:
+            self._text_end[request.request_id] = wire["text_end"]
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         for request in self.running:
@@ -86,18 +93,18 @@ class DiffusionScheduler(Scheduler):
             self._counters = {}
         return stats
 
-    def _count_rows(self, request: Request) -> int:
-        """Rows that one denoising step of the request computes."""
-        assert request.sampling_params is not None
-        try:
-            config, plan = plan_request(
-                request.num_prompt_tokens, request.sampling_params, self.vllm_config
-            )
-        except ValueError:
-            # Admission lets no such request through; were one here, the runner would say why.
-            return self.max_model_len
-        guided = config.frame.cfg_scale > 0  # the unconditional unconditional has as many rows
-        return (request.num_prompt_tokens + plan.gen_length) * (1 + guided)
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """vLLM stops at a token that ends the request; one within given text does not."""
+        # The last token that a request can have ends it, whatever it is.
+        end = min(self._text_end.get(request.request_id, 0), request.max_tokens - 1)
+        inside = max(0, end - request.num_output_tokens)
+        given, rest = new_token_ids[:inside], new_token_ids[inside:]
+        if given:
+            request.append_output_token_ids(given)
+        rest, stopped = super()._update_request_with_output(request, rest, *args, **kwargs)
+        return given + rest, stopped
 
     def _number_that_fits(self, limit: int) -> int:
         """How many requests may run: those that do, and as many waiting ones, in the queue's
@@ -161,6 +168,7 @@ class DiffusionScheduler(Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         self._rows.pop(request.request_id, None)
+        self._text_end.pop(request.request_id, None)
         report = self._reports.pop(request.request_id, None)
         if report is not None:
             kv_params = {**(kv_params or {}), REPORT_KEY: report}

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
 from boe_vllm.sampling.statistics import LogProbabilities, RowWrites, read_statistics
-from boe_vllm.steering.importance import token_importance
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.step import DenoisingPass
 
 CPU = torch.device("cpu")
@@ -125,5 +124,5 @@ def test_no_row_by_vocabulary_tensor_outgrows_the_budget():
             context="frozen",
             sharpen=0.5,
         )
-        token_importance(current, [(0, query), (1, query)])
+        TokenImportance.solve(current, [(0, query), (1, query)])
     assert 0 < largest.bytes <= budget < 80 * config.vocab_size * 4

@@ -242,7 +242,7 @@ def test_a_spawned_api_server_knows_the_flags():
 
 def test_the_engine_gets_our_parts():
     config = engine_config(max_num_batched_tokens=32, enable_chunked_prefill=True)
-    assert config.parallel_config.worker_cls.startswith("boe_vllm.vllm_plugin.worker.Diffusion")
+    assert config.parallel_config.worker_cls.startswith("boe_vllm.vllm_plugin.cpu_worker.Diff")
     assert config.scheduler_config.get_scheduler_cls().__name__ == "DiffusionScheduler"
     assert config.scheduler_config.max_num_batched_tokens == 64  # one request of full length
     assert not config.scheduler_config.enable_chunked_prefill
@@ -317,4 +317,56 @@ def test_defaults_of_the_generation_config_that_we_would_refuse_are_ignored(tmp_
         "top_p": 0.9,
         "top_k": 20,
         "repetition_penalty": 1.0,
+        "max_tokens": 256,
     }
+
+
+def test_a_request_without_max_tokens_has_a_canvas_of_the_servers_default(tmp_path):
+    """Otherwise a chat's canvas is the whole context."""
+
+    def default(**changes):
+        return engine_config(**changes).model_config.get_diff_sampling_param().get("max_tokens")
+
+    assert default() == 256
+    assert default(additional_config={"default_max_tokens": 40}) == 40
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 50}))
+    assert default(generation_config=str(tmp_path)) == 50  # vLLM makes a limit of it
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 5}))
+    assert default(generation_config=str(tmp_path)) is None
+
+
+def test_a_bad_setting_of_the_server_is_refused_by_name():
+    for name, value in (
+        ("score_grid", 0),
+        ("attention_impl", "fast"),
+        ("logits_budget_mb", 0),
+        ("default_max_tokens", 0),
+        ("default_seed", 2**63),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: "):
+            engine_config(additional_config={name: value})
+
+
+# ---- the workers ---------------------------------------------------------------------------------
+
+SNAPSHOT = """
+import sys, torch
+def snapshot():
+    owners = {"cuda": torch.cuda, "accelerator": torch.accelerator}
+    found = {f"{o}.{k}": id(v) for o, owner in owners.items() for k, v in vars(owner).items()}
+    return found | {"Event": id(torch.Event), "pin_memory": id(torch.Tensor.pin_memory)}
+"""
+
+
+def test_the_gpu_worker_leaves_torch_as_it_is():
+    """vLLM's CPU worker replaces functions of `torch.cuda` for its whole process."""
+    code = SNAPSHOT + (
+        "import vllm.utils.torch_utils\n"  # which wraps torch.cuda.set_stream for itself
+        "before = snapshot()\n"
+        "import boe_vllm.vllm_plugin.gpu_worker\n"
+        "after = snapshot()\n"
+        "print([name for name in before if after[name] != before[name]],"
+        "[name for name in sys.modules if name.startswith('vllm.v1.worker.cpu')])"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1:] == ["[] []"], done.stdout + done.stderr

@@ -14,8 +14,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import StepResult
 from boe_vllm.vllm_plugin.admission import admit
-from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
-from boe_vllm.vllm_plugin.runner import to_output
+from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput, to_output
 from boe_vllm.vllm_plugin.scheduler import DiffusionScheduler
 
 EOS = 1
@@ -116,6 +115,30 @@ def test_max_tokens_cuts_a_canvas_of_whole_blocks(scheduler):
     assert scheduler._rows["a"] == 4 + 8
     _, (output,) = step(scheduler, {"a": [7] * 8})
     assert output.finish_reason == FinishReason.LENGTH and len(output.new_token_ids) == 6
+
+
+def test_rows_come_from_admission_alone(scheduler):
+    add(scheduler, "a", max_tokens=6, extra_args={"block_length": 4, "cfg_scale": 1.0})
+    assert scheduler._rows["a"] == 2 * (4 + 8)
+    around = Request("b", [5] * 4, SamplingParams(max_tokens=8), None)
+    scheduler.add_request(around)
+    assert scheduler._rows["b"] == scheduler.max_model_len
+
+
+def test_given_text_ends_nothing(scheduler):
+    """Neither a stop token nor the end of text does so before the last piece of text."""
+    template = {"canvas_template": [[7, EOS], 1, [9], 2]}
+    request = add(scheduler, "a", extra_args=template, stop_token_ids=[9])
+    _, outputs = step(scheduler, {"a": [7, EOS]})
+    assert [o.finish_reason for o in outputs] == [None]
+    _, outputs = step(scheduler, {"a": [8, 9, 8]})
+    assert [o.finish_reason for o in outputs] == [None]
+    _, (output,) = step(scheduler, {"a": [9]})
+    assert output.finish_reason == FinishReason.STOP
+    assert list(request.output_token_ids) == [7, EOS, 8, 9, 8, 9]
+    add(scheduler, "b", extra_args={"canvas_template": [1, [EOS, 9]]}, stop_token_ids=[9])
+    _, (output,) = step(scheduler, {"b": [8, EOS, 9]})
+    assert output.new_token_ids == [8, EOS, 9] and output.finish_reason is not None
 
 
 def test_requests_are_admitted_by_rows_and_in_order(scheduler):

@@ -1,0 +1,150 @@
+"""The canvas of one request as numbers: its length, its blocks, and the tokens due in each step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from boe_vllm.request.config import SamplerConfig
+
+Schedule = Literal["linear", "cosine"]
+
+DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_TOKENS_PER_STEP = 1
+
+# The cosine of a third of a right angle and the like come out a little off: a count that is whole
+# must not be rounded up to the next.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CanvasPlan:
+    """The shape of one request's canvas, in tokens and steps."""
+
+    gen_length: int
+    """Positions appended to the prompt."""
+    block_length: int
+    """Positions per block; the last block may be shorter where the context ends."""
+    steps_per_block: int | None
+    """Steps of each block if `steps` was given."""
+    tokens_per_step: int
+    """Tokens per step otherwise."""
+
+    def steps_for(self, masked: int) -> int:
+        """Denoising steps of a block that starts with `masked` masked positions."""
+        return self.steps_per_block or -(-masked // self.tokens_per_step)
+
+    def masks_by_block(self, texts: Sequence[int], infill: int) -> list[int]:
+        """Masked positions of each block that has any, before the request's first step.
+
+        Args:
+            texts: positions of the canvas that hold given text, counted from 0.
+            infill: masks in the prompt, which are written with the first block.
+        """
+        blocks = -(-self.gen_length // self.block_length)
+        masks = [self.block_length] * blocks
+        masks[-1] = self.gen_length - (blocks - 1) * self.block_length
+        for position in texts:
+            masks[position // self.block_length] -= 1
+        masks[0] += infill
+        return [number for number in masks if number]
+
+
+def plan_canvas(
+    config: SamplerConfig, *, prompt_len: int, max_tokens: int, max_model_len: int
+) -> CanvasPlan:
+    """Fix the canvas of one request.
+
+    Args:
+        config: the request's settings; its given text is in tokens.
+        prompt_len: tokens of the prompt.
+        max_tokens: the request's `max_tokens`.
+        max_model_len: tokens that the model's context holds.
+
+    Raises:
+        ValueError: when lengths or steps do not divide, or the canvas does not fit.
+    """
+    frame, given = config.frame, config.given_text
+    room = max_model_len - prompt_len
+    wanted = frame.gen_length or given.length or max_tokens
+    source = "gen_length" if frame.gen_length else given.source or "max_tokens"
+    if wanted < (given.length or 0):
+        raise ValueError(
+            f"gen_length: expected at least the {given.length} tokens of canvas_template, got "
+            f"{wanted}; raise or remove it"
+        )
+    if wanted > room:
+        raise ValueError(
+            f"{source}: expected a canvas of at most {room} tokens (context of {max_model_len} "
+            f"less a prompt of {prompt_len}), got {wanted}; lower {source!r} or shorten the prompt"
+        )
+    if source == "choices":
+        block = wanted
+    elif frame.block_length is not None:
+        block = min(frame.block_length, wanted)  # a longer one would add tokens nobody asked for
+    else:
+        block = min(DEFAULT_BLOCK_LENGTH, wanted)
+        if source != "max_tokens" and wanted % block:
+            block = wanted
+    # A template is as long as it is, whatever its blocks.
+    room = wanted if source == "canvas_template" else room
+    # Rounding up may not push a canvas that fits out of the context: the last block is cut there.
+    gen_length = min(-(-wanted // block) * block, room)
+    steps_per_block = None
+    if frame.steps is not None:
+        blocks = -(-gen_length // block)
+        must_divide("steps", frame.steps, "number of blocks", blocks)
+        steps_per_block = frame.steps // blocks
+    return CanvasPlan(
+        gen_length=gen_length,
+        block_length=block,
+        steps_per_block=steps_per_block,
+        tokens_per_step=frame.tokens_per_step or DEFAULT_TOKENS_PER_STEP,
+    )
+
+
+def must_divide(name: str, value: int, by_name: str, by: int) -> None:
+    """Raise ValueError unless `by` divides `value`."""
+    if value % by:
+        raise ValueError(
+            f"{name}: expected a multiple of {by_name} ({by}), got {value}; "
+            f"use {value // by * by or by} or {-(-value // by) * by}"
+        )
+
+
+def tokens_due(schedule: Schedule, *, masks: int, steps: int, step: int, written: int) -> int:
+    """Tokens due in a step, at least one.
+
+    "linear" (ML-GSAI/LLaDA `get_num_transfer_tokens`): `masks // steps`, and one more in each of
+    the first `masks % steps` steps. "cosine" (MaskGIT, Chang et al. 2022): few at first, many at
+    last, `ceil(masks (1 - cos(pi i / (2 steps))))` written after step `i` of the block.
+
+    Args:
+        schedule: the kind.
+        masks: masked positions at the start of the block.
+        steps: steps planned for the block.
+        step: steps done so far.
+        written: positions written so far.
+    """
+    if schedule == "linear":
+        return max(1, masks // steps + (step < masks % steps))
+    return max(1, _written_after(step + 1, masks, steps) - written)
+
+
+@functools.lru_cache(maxsize=256)
+def most_tokens_due(schedule: Schedule, *, masks: int, steps: int) -> int:
+    """Tokens due in that step of a block in which most are, if every step writes what is due."""
+    if schedule == "linear":
+        return -(-masks // steps)
+    counts = [_written_after(step, masks, steps) for step in range(steps + 1)]
+    return max(1, *(after - before for before, after in itertools.pairwise(counts)))
+
+
+def _written_after(steps_done: int, masks: int, steps: int) -> int:
+    share = 1.0 - math.cos(math.pi / 2 * min(steps_done, steps) / steps)
+    return math.ceil(masks * share - _ROUNDING)

@@ -1,0 +1,276 @@
+"""From what a request says to what the engine does: resolved once, and refused here if at all.
+
+Nothing here knows vLLM: its standard fields come as plain values, so that a notebook resolves its
+requests the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from boe_vllm.base.options import shown
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
+from boe_vllm.request.given_text import Encode
+from boe_vllm.request.limits import EngineSettings, ServerSettings
+from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
+from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.sampling.constraints import Constraint, TokenConstraints
+
+GREEDY_BELOW = 1e-5  # vLLM's own limit
+ALL = -1
+"""`logprobs` of the whole vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingFields:
+    """The standard fields of a request, as vLLM names them and with its defaults."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    """Log-probabilities per token beside its own; `ALL` for the whole vocabulary, None for none."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[Sequence[int]] = ()
+    """Each in tokens."""
+    stop_token_ids: Collection[int] = ()
+    """Every token that ends the request, the end of text included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What resolving a request needs to know of the model."""
+
+    vocab_size: int
+    max_model_len: int
+    """Tokens of prompt and canvas together."""
+    mask_token_id: int
+    eos_token_id: int
+    encode: Encode | None = None
+    """Token ids of a text, without special tokens; None where there is no tokenizer."""
+
+
+def resolve(
+    fields: Mapping[str, Any],
+    *,
+    prompt: Sequence[int],
+    sampling: SamplingFields,
+    server: ServerSettings,
+    model: ModelFacts,
+) -> ResolvedRequest:
+    """Decide everything about a request that can be known before its first step.
+
+    A `gen_length` of the request, a template or answers override `max_tokens`, whose default over
+    HTTP (16) would cut the canvas. A server's `gen_length` caps it: a request may still ask for
+    less. A request without a seed gets one, so that all workers draw the same random numbers.
+
+    Args:
+        fields: the request's own, by name.
+        prompt: token ids.
+        sampling: the request's standard fields.
+        server: its defaults and limits.
+        model: what will decode the request.
+
+    Raises:
+        ValueError: for whatever cannot be served; the message begins with the name of the field.
+    """
+    _check_tokens("prompt", prompt, model.vocab_size, "use this model's tokenizer")
+    config = parse_sampler_config(fields, base=server.config)
+    given = config.given_text.encoded(model.encode, model.vocab_size)
+    config = dataclasses.replace(config, given_text=given)
+    plan = plan_canvas(
+        config,
+        prompt_len=len(prompt),
+        max_tokens=sampling.max_tokens,
+        max_model_len=model.max_model_len,
+    )
+    server.limits.check("gen_length", plan.gen_length)
+    server.limits.check("trace", plan.gen_length * config.frame.trace)
+    if given.choices is not None:
+        _check_choices(config, prompt, sampling, model.mask_token_id)
+    # Only now is the template known to fit.
+    template = np.array(given.template(model.mask_token_id) or [], np.int64)
+    texts = np.flatnonzero(template != model.mask_token_id).tolist()
+    text_end = texts[-1] + 1 if texts else 0
+    max_tokens = _max_tokens(config, plan, sampling, own=fields.get("gen_length") is not None)
+    request = ResolvedRequest(
+        config=config,
+        plan=plan,
+        temperature=0.0 if sampling.temperature < GREEDY_BELOW else float(sampling.temperature),
+        seed=_seed(sampling.seed, server.limits.default_seed),
+        logprobs=sampling.logprobs is not None,
+        top_logprobs=_top_logprobs(sampling.logprobs, model.vocab_size),
+        constraints=_constraints(config, sampling, text_end, model),
+        prompt_len=len(prompt),
+        max_tokens=max_tokens,
+        text_end=text_end,
+        rows=(len(prompt) + plan.gen_length) * _passes(config),
+    )
+    masks = plan.masks_by_block(texts, infill=list(prompt).count(model.mask_token_id))
+    ahead = _check_work(request, masks, server.limits, model.eos_token_id)
+    return dataclasses.replace(request, rows_ahead=ahead)
+
+
+def _max_tokens(
+    config: SamplerConfig, plan: CanvasPlan, sampling: SamplingFields, own: bool
+) -> int:
+    """Tokens that are sent at most.
+
+    Args:
+        config: the request's.
+        plan: its canvas.
+        sampling: its standard fields.
+        own: whether it gives a `gen_length` itself, rather than the server.
+
+    Raises:
+        ValueError: when `min_tokens` asks for more, which vLLM checks again in another process.
+    """
+    most = sampling.max_tokens
+    if own or config.given_text.source is not None:
+        most = plan.gen_length
+    elif config.frame.gen_length is not None:
+        most = min(most, plan.gen_length)
+    if sampling.min_tokens > most:
+        raise ValueError(
+            f"min_tokens: expected at most {most}, the most tokens that this request can have, got "
+            f"{sampling.min_tokens}; lower it"
+        )
+    return most
+
+
+def _passes(config: SamplerConfig) -> int:
+    """Sequences in a forward: a guided request has an unconditional copy of as many rows."""
+    return 1 + (config.frame.cfg_scale > 0)
+
+
+def _check_work(
+    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, eos_token_id: int
+) -> int:
+    """Refuse too many steps and too much look-ahead; most rows of look-ahead in one step.
+
+    Args:
+        request: resolved otherwise.
+        masks: masked positions of each block before its first step.
+        limits: the server's.
+        eos_token_id: id of EOS.
+    """
+    config, plan = request.config, request.plan
+    policy = request.policy(eos_token_id)
+    limits.check("steps", sum(policy.step_limit(m, plan.steps_for(m)) for m in masks))
+    length = request.prompt_len + plan.gen_length
+    ahead = _passes(config) * max(
+        policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
+        for m in set(masks)
+    )
+    limits.check("policy", ahead)
+    return ahead
+
+
+def _most_due(config: SamplerConfig, plan: CanvasPlan, masks: int) -> int:
+    return most_tokens_due(config.frame.schedule, masks=masks, steps=plan.steps_for(masks))
+
+
+# Standard fields that mean nothing where the answers are given -> what asks for nothing.
+_NEUTRAL_FOR_CHOICES: dict[str, Any] = {
+    "logprobs": None,
+    "min_tokens": 0,
+    "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": (),
+}
+
+
+def _check_choices(
+    config: SamplerConfig, prompt: Sequence[int], sampling: SamplingFields, mask: int
+) -> None:
+    for name, neutral in _NEUTRAL_FOR_CHOICES.items():
+        value = getattr(sampling, name)
+        if value != neutral and not (neutral is not None and not value):
+            raise ValueError(
+                f"{name}: expected none beside choices, got {shown(value)}; remove one of them"
+            )
+    answers = config.given_text.answers() or []
+    if mask in prompt or any(mask in answer for answer in answers):
+        raise ValueError(
+            "choices: expected no masks in the prompt and the answers, got some; remove them"
+        )
+
+
+def _check_tokens(name: str, tokens: Collection[int], vocab_size: int, remedy: str) -> None:
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{name}: expected token ids from 0 to {vocab_size - 1}, got {shown(wrong[0])}; "
+            f"{remedy}"
+        )
+
+
+def _seed(seed: int | None, default: int | None) -> int:
+    seed = default if seed is None else seed
+    if seed is None:
+        return secrets.randbits(31)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(
+            f"seed: expected an integer of 64 bits, got {shown(seed)}; choose a smaller one"
+        )
+    return seed
+
+
+def _top_logprobs(logprobs: int | None, vocab_size: int) -> int:
+    if logprobs == ALL:
+        return vocab_size
+    return min(logprobs or 0, vocab_size)
+
+
+def _constraints(
+    config: SamplerConfig, sampling: SamplingFields, text_end: int, model: ModelFacts
+) -> TokenConstraints:
+    """What the request says about every token.
+
+    What ends a request may not be written before the end of its template's last text.
+
+    Raises:
+        ValueError: when tokens do not exist, or none is left to be written.
+    """
+    bias, allowed, size = sampling.logit_bias, sampling.allowed_token_ids, model.vocab_size
+    words = [tuple(word) for word in sampling.bad_words]
+    _check_tokens("logit_bias", bias, size, "correct it")
+    _check_tokens("allowed_token_ids", allowed or (), size, "correct it")
+    for word in words:
+        _check_tokens("bad_words", word, size, "remove words that the model cannot write")
+    if not np.isfinite(list(bias.values())).all():
+        raise ValueError(f"logit_bias: expected finite numbers, got {shown(bias)}; correct them")
+    constraints = TokenConstraints(
+        everywhere=Constraint(
+            allowed_token_ids=None if allowed is None else np.unique(np.array(allowed, np.int64)),
+            banned_token_ids=np.array(sorted({w[0] for w in words if len(w) == 1}), np.int64),
+            biased_token_ids=np.array(list(bias), np.int64),
+            logit_bias=np.array(list(bias.values()), np.float64),
+            top_k=sampling.top_k if 0 < sampling.top_k < size else 0,
+            top_p=float(sampling.top_p),
+            min_p=float(sampling.min_p),
+        ),
+        min_tokens=max(sampling.min_tokens, text_end),
+        # A checkpoint may name ends of text that its network has no logits for.
+        stop_token_ids=tuple(sorted(t for t in sampling.stop_token_ids if 0 <= t < size)),
+        bad_words=tuple(word for word in words if len(word) > 1),
+    )
+    never = [model.eos_token_id] if config.frame.logits_eos_inf else []
+    everywhere = constraints.everywhere.banning(never)
+    writable = dataclasses.replace(constraints, everywhere=everywhere)
+    if not writable.tokens_left(size, model.mask_token_id):
+        raise ValueError(
+            "allowed_token_ids: expected at least one token that bad_words, min_tokens and "
+            "logits_eos_inf leave over, got none; loosen one of them"
+        )
+    return constraints
