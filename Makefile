@@ -34,6 +34,8 @@ test: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/mypy
 
 # The built wheel in a clean environment: downloads everything, several minutes.

@@ -36,6 +36,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.12",
         "mypy>=1.15",
+        "import-linter>=2.3",
         "openai>=2.25",
         "schemathesis>=4",
         # Drives a Chromium that is on the machine; its own downloads are not used.

@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": "boe_vllm.lab.eval",
     "plot": "boe_vllm.lab.pictures.plot",
     "watch": "boe_vllm.lab.pictures.watch",
+    "fields": "boe_vllm.request.reference_text",
     "count-frequencies": "boe_vllm.policies.frequencies",
 }
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.sampling.statistics import RowStatistics, TokenLikelihood
+from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.step import QueryResult
 
 PREFIX = "boe/"
@@ -31,7 +32,7 @@ class Account:
     rows_forward: int = 0
     rows_backward: int = 0
 
-    def charge(self, result: QueryResult) -> None:
+    def charge(self, result: QueryResult[Any]) -> None:
         """Add what the answer to a query has cost."""
         self.forwards += result.forwards
         self.backwards += result.backwards

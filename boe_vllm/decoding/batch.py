@@ -19,9 +19,9 @@ from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraints import ConstraintTable
+from boe_vllm.sampling.constraint_table import ConstraintTable
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
-from boe_vllm.steering.guidance import Guidance, with_unconditional
+from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class StepBatch:
     """One for each canvas."""
     guides: tuple[Guidance | None, ...]
     """One for each canvas."""
-    unconditional: Mapping[int, int]
+    unconditional: Mapping[int, Place]
     """Guided canvas -> place of its unconditional copy in the layout, after the computed ones."""
     layout: RowLayout
     """Of the computed sequences and the unconditional copies."""

@@ -17,10 +17,9 @@ from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.policies.base import Commit, Revision, View, finishing
+from boe_vllm.sampling.log_probs import LogProbabilities, TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Query
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def decide(
     commits, asking = _begin(canvases, views, errors)
     replies: dict[int, Any] = dict.fromkeys(asking)
     while replies:
-        queries: dict[int, Query] = {}
+        queries: dict[int, Query[Any]] = {}
         for n, reply in replies.items():
             try:
                 queries[n] = asking[n].send(reply)
@@ -130,10 +129,10 @@ def decide(
 
 def _begin(
     canvases: Sequence[Canvas], views: Mapping[int, View], errors: Errors
-) -> tuple[dict[int, Commit], dict[int, Generator[Query, Any, Commit]]]:
+) -> tuple[dict[int, Commit], dict[int, Generator[Query[Any], Any, Commit]]]:
     """What is decided without a query, and the steps of the policies that ask."""
     commits: dict[int, Commit] = {}
-    asking: dict[int, Generator[Query, Any, Commit]] = {}
+    asking: dict[int, Generator[Query[Any], Any, Commit]] = {}
     for n, view in views.items():
         if canvases[n].blocks.overdue:  # the policy has had its steps: the rest is the engine's
             commits[n] = finishing(Commit(chosen=np.empty(0, np.int64)), view)
@@ -153,18 +152,54 @@ def _begin(
 def _answers(
     canvases: Sequence[Canvas],
     current: DenoisingPass,
-    queries: Mapping[int, Query],
+    queries: Mapping[int, Query[Any]],
     errors: Errors,
-) -> dict[int, QueryResult]:
+) -> dict[int, QueryResult[Any]]:
     """All queries in shared passes; if one breaks them, each on its own, so that it is found."""
     try:
-        return answer(current, queries)
+        return solve_together(current, queries)
     except Exception:
         logger.exception("queries of %d requests failed together", len(queries))
-    results: dict[int, QueryResult] = {}
+    results: dict[int, QueryResult[Any]] = {}
     for n, query in queries.items():
         try:
-            results |= answer(current, {n: query})
+            results |= solve_together(current, {n: query})
         except Exception as error:
             errors.blame(n, canvases[n], error)
     return results
+
+
+def unproposed(
+    batch: StepBatch,
+    commits: Mapping[int, Commit],
+    views: Mapping[int, View],
+    log_probs: LogProbabilities,
+) -> dict[int, dict[int, TokenLikelihood]]:
+    """Likelihoods of written tokens that are not their rows' proposals, for requests that ask.
+
+    One read for all of them. By request, then by index into its view's positions.
+    """
+    found: dict[int, dict[int, TokenLikelihood]] = {n: {} for n in commits}
+    members: list[tuple[int, int]] = []
+    rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for n, commit in commits.items():
+        canvas, proposal = batch.canvases[n], views[n].proposal
+        asked = canvas.params.logprobs and canvas.carried is None
+        if not asked or not isinstance(commit, Commit) or commit.tokens is None:
+            continue
+        written = np.full(len(proposal), -1)
+        try:
+            written[commit.chosen] = commit.tokens
+        except (IndexError, TypeError, ValueError):
+            continue  # the policy's mistake, which its commit will meet
+        index = np.flatnonzero(
+            (written != proposal) & (0 <= written) & (written < canvas.vocab_size)
+        )
+        members += [(n, i) for i in index.tolist()]
+        rows.append(batch.layout.logit_starts[n] + index)
+        tokens.append(written[index])
+    if members:
+        likelihoods = log_probs.likelihoods(np.concatenate(rows), np.concatenate(tokens))
+        for (n, i), likelihood in zip(members, likelihoods, strict=True):
+            found[n][i] = likelihood
+    return found

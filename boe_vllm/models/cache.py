@@ -1,6 +1,6 @@
 """A pool of keys and values that passes store and read instead of computing them again.
 
-Legend: `T` packed live rows, `S` rows of keys and values, `G` key heads, `P` size of a head.
+Legend: `T` packed live rows, `S` packed rows of keys and values, `G` key heads, `P` head size.
 """
 
 from __future__ import annotations

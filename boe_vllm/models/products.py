@@ -9,17 +9,17 @@ Legend: `N` rows, `D` depth of the sum, `E` width of the result.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from vllm.logger import init_logger
 
 from boe_vllm.models.functional import Scratch
 
 Tensor = torch.Tensor
-logger = init_logger("vllm." + __name__)
+logger = logging.getLogger(__name__)
 
 TILE = 64
 """Rows of a product of fixed size. Smaller ones read the weights more often, larger ones compute

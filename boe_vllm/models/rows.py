@@ -6,11 +6,12 @@ positions travel with the rows. So each sequence's rows are stored in two groups
     [ logit rows | other live rows ]
 
 Logit rows are those whose predictions are wanted: the masked ones first, then any further ones.
-The rows that a backward needs ("active rows first") are the masked logit rows or all live rows, so
-they come first as well. Sequences follow each other; keys that are frozen (a cache, or the rows
-outside a partial pass) come after a sequence's live keys.
+The rows that are saved for a backward are the masked logit rows or all live rows, so they come
+first as well. Sequences follow each other; keys that are frozen (a cache, or the rows outside a
+partial pass) come after a sequence's live keys.
 
-Legend: `T` packed live rows, `R` packed logit rows, `K` packed kept rows, `S` sequences.
+Legend: `L` positions of a sequence, `B` sequences of a pass, `T` packed live rows, `R` packed logit
+rows, `A` packed saved rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from boe_vllm.attention import AttentionLayout
 from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +40,7 @@ class SequenceRows:
     extra_positions: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Further positions whose predictions are wanted, ascending; their rows come after."""
     keep: Literal["none", "masked", "all"] = "none"
-    """Rows whose activations are kept: none, those of `logit_positions`, or all live rows."""
+    """Rows that are saved for a backward: none, those of `logit_positions`, or all live rows."""
     live_positions: IntArray | None = None
     """Positions that are computed; None for all."""
     frozen_rows: int = 0
@@ -56,7 +58,7 @@ class SequenceRows:
 
     @property
     def saved_rows(self) -> int:
-        """Rows whose activations are kept."""
+        """Rows that are saved for a backward."""
         return {"none": 0, "masked": len(self.logit_positions), "all": self.live_rows}[self.keep]
 
 
@@ -68,16 +70,20 @@ class RowLayout:
     """[T] int64 token ids, on the device."""
     positions: torch.Tensor
     """[T] int64 rotary positions, on the device."""
+    logit_index: torch.Tensor
+    """[R] int64 packed live rows whose predictions are wanted, on the device."""
+    saved_index: torch.Tensor
+    """[A] int64 packed live rows that are saved, on the device."""
     live_lens: tuple[int, ...]
-    """[S] live rows per sequence."""
+    """[B] live rows per sequence."""
     logit_lens: tuple[int, ...]
-    """[S] logit rows per sequence."""
+    """[B] logit rows per sequence."""
     saved_lens: tuple[int, ...]
-    """[S] kept rows per sequence."""
+    """[B] saved rows per sequence."""
     frozen_lens: tuple[int, ...]
-    """[S] frozen keys per sequence."""
+    """[B] frozen keys per sequence."""
     row_positions: tuple[IntArray, ...]
-    """[S] positions of each sequence's live rows in their packed order (host)."""
+    """[B] positions of each sequence's live rows in their packed order (host)."""
 
     @property
     def device(self) -> torch.device:
@@ -86,32 +92,22 @@ class RowLayout:
 
     @functools.cached_property
     def live_starts(self) -> tuple[int, ...]:
-        """[S] first packed row of each sequence."""
+        """[B] first packed row of each sequence."""
         return _starts(self.live_lens)
 
     @functools.cached_property
     def logit_starts(self) -> tuple[int, ...]:
-        """[S] first packed logit row of each sequence."""
+        """[B] first packed logit row of each sequence."""
         return _starts(self.logit_lens)
 
     @functools.cached_property
     def saved_starts(self) -> tuple[int, ...]:
-        """[S] first packed kept row of each sequence."""
+        """[B] first packed saved row of each sequence."""
         return _starts(self.saved_lens)
 
     @functools.cached_property
-    def logit_index(self) -> torch.Tensor:
-        """[R] packed rows of the logit rows."""
-        return _heads(self.live_starts, self.logit_lens).to(self.device)
-
-    @functools.cached_property
-    def saved_index(self) -> torch.Tensor:
-        """[K] packed rows of the kept rows."""
-        return _heads(self.live_starts, self.saved_lens).to(self.device)
-
-    @functools.cached_property
     def attention(self) -> AttentionLayout:
-        """Queries: the live rows; keys: the live rows, then the frozen ones; active: the kept."""
+        """Queries: the live rows; keys: the live rows, then the frozen; active: the saved rows."""
         return AttentionLayout(
             q_seqlens=self.live_lens,
             kv_seqlens=tuple(
@@ -123,21 +119,22 @@ class RowLayout:
 
 def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
     """Order and concatenate the rows of all sequences; one transfer to the device."""
-    tokens, positions = [np.empty(0, np.int64)], []
-    for rows in sequences:
-        order = _packed_order(rows)
-        positions.append(order)
-        tokens.append(rows.tokens[order])
-    packed = np.stack([np.concatenate(tokens), np.concatenate([tokens[0], *positions])])
-    on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+    positions = [_packed_order(rows) for rows in sequences]
+    tokens = [rows.tokens[order] for rows, order in zip(sequences, positions, strict=True)]
+    live_lens = tuple(map(len, positions))
+    logit_lens = tuple(len(rows.wanted_positions) for rows in sequences)
+    saved_lens = tuple(rows.saved_rows for rows in sequences)
+    starts = _starts(live_lens)
+    indices = [_heads(starts, lens) for lens in (logit_lens, saved_lens)]
+    on_device = to_device([_joined(tokens), _joined(positions), *indices], device)
     return RowLayout(
         tokens=on_device[0],
         positions=on_device[1],
-        live_lens=tuple(map(len, positions)),
-        logit_lens=tuple(
-            len(rows.logit_positions) + len(rows.extra_positions) for rows in sequences
-        ),
-        saved_lens=tuple(rows.saved_rows for rows in sequences),
+        logit_index=on_device[2],
+        saved_index=on_device[3],
+        live_lens=live_lens,
+        logit_lens=logit_lens,
+        saved_lens=saved_lens,
         frozen_lens=tuple(rows.frozen_rows for rows in sequences),
         row_positions=tuple(positions),
     )
@@ -157,7 +154,10 @@ def _starts(lens: Sequence[int]) -> tuple[int, ...]:
     return (0, *np.cumsum(lens)[:-1].tolist())
 
 
-def _heads(starts: Sequence[int], lens: Sequence[int]) -> torch.Tensor:
+def _heads(starts: Sequence[int], lens: Sequence[int]) -> IntArray:
     """Indices of the first `lens[s]` rows from `starts[s]`, for every sequence."""
-    pieces = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
-    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+    return _joined([np.arange(start, start + n) for start, n in zip(starts, lens, strict=False)])
+
+
+def _joined(pieces: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, np.int64), *pieces])

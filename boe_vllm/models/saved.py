@@ -1,7 +1,7 @@
 """What a pass leaves behind for its backward, and where it finds keys and values.
 
-Legend: `T` packed live rows, `K` packed kept rows, `S` rows of keys and values, `D` width, `F` the
-MLP's width, `H`/`G` heads of queries/keys, `P` size of a head.
+Legend: `T` packed live rows, `A` packed saved rows, `S` packed rows of keys and values, `D` width,
+`F` MLP width, `H`/`G` heads of queries/keys, `P` head size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(slots=True)
 class SavedLayer:
-    """What one block's backward needs."""
+    """What one block's backward needs of the saved rows, and all rows' keys and values."""
 
     before_AD: Tensor
     after_attention_AD: Tensor
@@ -51,8 +51,8 @@ def key_value_memory(
 ) -> list[tuple[Tensor, Tensor]]:
     """Uninitialised keys and values of every layer, [T, G, P] each, one after another in `memory`.
 
-    A saved holds megabytes per layer; taken from the heap they would push a step's temporaries to
-    memory that is not in the cache, or not mapped at all.
+    They are megabytes per layer; taken from the heap they would push a step's temporaries to memory
+    that is not in the processor's cache, or not mapped at all.
     """
     flat = memory.like(x_TD, layers * 2 * heads * head_size)
     pairs = flat.view(layers, 2, len(x_TD), heads, head_size)

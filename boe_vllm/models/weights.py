@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from boe_vllm.models.layers import Matrix, Part, copy_exactly
 
 if TYPE_CHECKING:
-    from boe_vllm.models.decoder import LLaDAForDiffusion
+    from boe_vllm.models.decoder import Decoder
 
 PREFIX = "model.transformer."
 
-# LLaDA's name within a block -> (our parameter, shard within a merged parameter).
-_BLOCK_TENSORS: dict[str, tuple[str, str | int | None]] = {
+# LLaDA's name within a block -> (our parameter, part of a fused one).
+_BLOCK_TENSORS: dict[str, tuple[str, Part]] = {
     "attn_norm": ("attn_norm", None),
     "q_proj": ("qkv_proj.weight", "q"),
     "k_proj": ("qkv_proj.weight", "k"),
@@ -27,24 +28,22 @@ _BLOCK_TENSORS: dict[str, tuple[str, str | int | None]] = {
 }
 
 
-def expected_tensors(
-    n_layers: int, *, weight_tying: bool
-) -> dict[str, tuple[str, str | int | None]]:
-    """Every tensor that a checkpoint must have -> (parameter, shard)."""
-    table: dict[str, tuple[str, str | int | None]] = {
+def expected_tensors(n_layers: int, *, weight_tying: bool) -> dict[str, tuple[str, Part]]:
+    """Every tensor that a checkpoint must have -> (parameter, part of a fused one)."""
+    table: dict[str, tuple[str, Part]] = {
         f"{PREFIX}wte.weight": ("wte.weight", None),
         f"{PREFIX}ln_f.weight": ("ln_f", None),
     }
     if not weight_tying:
         table[f"{PREFIX}ff_out.weight"] = ("head.weight", None)
     for layer in range(n_layers):
-        for name, (parameter, shard) in _BLOCK_TENSORS.items():
+        for name, (parameter, part) in _BLOCK_TENSORS.items():
             key = f"{PREFIX}blocks.{layer}.{name}.weight"
-            table[key] = (f"blocks.{layer}.{parameter}", shard)
+            table[key] = (f"blocks.{layer}.{parameter}", part)
     return table
 
 
-def load(model: LLaDAForDiffusion, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load(model: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Copy the tensors into the model's parameters; returns the parameters' names.
 
     Raises:
@@ -61,14 +60,13 @@ def load(model: LLaDAForDiffusion, tensors: Iterable[tuple[str, torch.Tensor]]) 
                 f"LLaDA's names for {config.n_layers} layers (weight_tying={config.weight_tying}); "
                 "check config.json against the checkpoint"
             )
-        target, shard = expected[name]
-        parameter = parameters[target]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        target, part = expected[name]
+        owner, _, leaf = target.rpartition(".")
         try:
-            if shard is None:
-                loader(parameter, tensor)
+            if leaf == "weight":
+                cast(Matrix, model.get_submodule(owner)).load(tensor, part)
             else:
-                loader(parameter, tensor, shard)
+                copy_exactly(parameters[target].data, tensor)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"checkpoint: tensor {name!r} of shape {tuple(tensor.shape)} does not fit the "

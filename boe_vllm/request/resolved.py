@@ -75,7 +75,9 @@ class ResolvedRequest:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> ResolvedRequest:
         """Read what `to_wire` wrote."""
-        configs = {name: options.restore(kind, wire[name]) for name, kind in _CONFIGS.items()}
+        configs: dict[str, Any] = {
+            name: options.restore(kind, wire[name]) for name, kind in _CONFIGS.items()
+        }
         settings_class = _settings_class(wire["policy"])
         return cls(
             config=SamplerConfig(
@@ -97,7 +99,11 @@ _PLAIN = [
 
 
 def _settings_class(policy: str) -> type[PolicyConfig]:
-    return PolicyConfig if policy == CHOICES else load_policy(policy).Config
+    if policy == CHOICES:
+        from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
+        return ChoicesConfig
+    return load_policy(policy).Config
 
 
 def _to_plain(value: Any) -> Any:

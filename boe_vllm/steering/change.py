@@ -3,8 +3,6 @@
 A request's final hidden states of the step before are kept on its canvas, not their distributions:
 they are `V / D` times smaller (31 times for LLaDA-8B), and the logits that follow from them come
 out the same when they are computed again.
-
-Legend: `r` rows of one tile, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +14,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.steering.queries import PredictionChange
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 
 Tensor = torch.Tensor
 
@@ -35,35 +32,54 @@ class _Before:
     hidden_ND: Tensor
 
 
-def prediction_change(
-    current: DenoisingPass, queries: Sequence[tuple[int, PredictionChange]]
-) -> list[QueryResult]:
-    """[M] KL of each position's prediction from the one before, float64; no forward of its own."""
-    lens = [len(query.positions) for _, query in queries]
-    starts = np.cumsum([0, *lens])
-    rows, known, hidden = [], [], []
-    for (s, query), start in zip(queries, starts[:-1], strict=True):
-        positions = current.sequences[s].wanted_positions
-        rows.append(current.logit_rows(s, np.arange(len(query.positions))))
-        memory = current.device_memory[s]
-        before: _Before | None = memory.get(_MEMORY)
-        if before is not None:
-            _, now, then = np.intersect1d(query.positions, before.positions, return_indices=True)
-            known.append(start + now)
-            hidden.append(before.hidden_ND[torch.from_numpy(then).to(current.device)])
-        first = current.layout.logit_starts[s]
-        memory[_MEMORY] = _Before(
-            positions, current.log_probs.hidden_RD[first : first + len(positions)].clone()
-        )
-    kl = np.empty(starts[-1])
-    packed = np.concatenate(rows)
-    seen = np.concatenate([np.empty(0, np.int64), *known])
-    if len(seen):
-        kl[seen] = _kl(current, packed[seen], torch.cat(hidden))
-    new = np.setdiff1d(np.arange(len(packed)), seen)
-    if len(new):
-        kl[new] = _kl(current, packed[new], None)
-    return [QueryResult(value=kl[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionChange(Query[FloatArray]):
+    """KL(prediction now || prediction one step before) of each position: float64 [M], nats.
+
+    The first time, a position's KL is that from nothing (`p_0 = 0`), which is large. To be asked in
+    every step. Costs no forward.
+    """
+
+    positions: IntArray
+    """[M] the view's positions."""
+
+    @classmethod
+    def solve(
+        cls, current: DenoisingPass, queries: Sequence[tuple[int, PredictionChange]]
+    ) -> list[QueryResult[FloatArray]]:
+        """Compare with what the last step left behind, and leave this step's behind."""
+        starts = np.cumsum([0, *(len(query.positions) for _, query in queries)])
+        rows, known, hidden = [], [], []
+        for (s, query), start in zip(queries, starts[:-1], strict=True):
+            rows.append(current.logit_rows(s, np.arange(len(query.positions))))
+            before = _exchange(current, s)
+            if before is not None:
+                _, now, then = np.intersect1d(
+                    query.positions, before.positions, return_indices=True
+                )
+                known.append(start + now)
+                hidden.append(before.hidden_ND[torch.from_numpy(then).to(current.device)])
+        kl = np.empty(starts[-1])
+        packed = np.concatenate(rows)
+        seen = np.concatenate([np.empty(0, np.int64), *known])
+        if len(seen):
+            kl[seen] = _kl(current, packed[seen], torch.cat(hidden))
+        new = np.setdiff1d(np.arange(len(packed)), seen)
+        if len(new):
+            kl[new] = _kl(current, packed[new], None)
+        return [QueryResult(value=kl[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def _exchange(current: DenoisingPass, s: int) -> _Before | None:
+    """What the last step left behind for a sequence; this step's takes its place."""
+    positions = current.sequences[s].wanted_positions
+    memory = current.device_memory[s]
+    before: _Before | None = memory.get(_MEMORY)
+    first = int(current.logit_rows(s, np.zeros(1, np.int64))[0])
+    memory[_MEMORY] = _Before(
+        positions, current.log_probs.hidden_RD[first : first + len(positions)].clone()
+    )
+    return before
 
 
 def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> FloatArray:

@@ -8,32 +8,30 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import IntArray
-from boe_vllm.steering.queries import Query
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Likelihood(Query):
-    """Query how likely given tokens are; answered with float64 [N], nats. Costs no forward."""
+class Likelihood(Query[FloatArray]):
+    """How likely given tokens are: float64 [N], nats. Costs no forward."""
 
     index: IntArray
     """[N] indices into `View.positions`."""
     tokens: IntArray
     """[N] a token for each."""
 
-
-def likelihood(
-    current: DenoisingPass, queries: Sequence[tuple[int, Likelihood]]
-) -> list[QueryResult]:
-    """[N] log-probabilities per query; `queries` are pairs of a sequence of the pass and its query."""
-    rows = np.concatenate([current.logit_rows(s, query.index) for s, query in queries])
-    tokens = torch.from_numpy(np.concatenate([query.tokens for _, query in queries])).to(
-        current.device
-    )
-    values = np.empty(len(rows))
-    for places, logp in current.log_probs.rows(rows):
-        found = logp.gather(-1, tokens[places][:, None])[:, 0]
-        values[places] = found.double().cpu().numpy()
-    ends = np.cumsum([len(query.index) for _, query in queries])
-    return [QueryResult(value=own) for own in np.split(values, ends[:-1])]
+    @classmethod
+    def solve(
+        cls, current: DenoisingPass, queries: Sequence[tuple[int, Likelihood]]
+    ) -> list[QueryResult[FloatArray]]:
+        """Read the rows of all queries tile by tile."""
+        rows = np.concatenate([current.logit_rows(s, query.index) for s, query in queries])
+        tokens = np.concatenate([query.tokens for _, query in queries])
+        wanted = torch.from_numpy(tokens).to(current.device)
+        values = np.empty(len(rows))
+        for places, logp in current.log_probs.rows(rows):
+            found = logp.gather(-1, wanted[places][:, None])[:, 0]
+            values[places] = found.double().cpu().numpy()
+        ends = np.cumsum([len(query.index) for _, query in queries])
+        return [QueryResult(value=own) for own in np.split(values, ends[:-1])]

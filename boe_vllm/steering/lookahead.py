@@ -3,31 +3,113 @@
 A state is the current sequence with some masks written, by tokens or by soft embeddings. States of
 all requests are packed one after the other, as many per pass as the row budget allows, and each
 costs its request one forward and its rows. A state is computed as the request's next step would
-compute it (with the same cache and, if it is to be carried, the same random numbers), so that the
-state which is chosen needs no other forward.
+compute it: with the same cache, with the constraints of the state's own tokens and, if it is to be
+carried, with the same random numbers, so that the state which is chosen needs no other forward.
 
-Legend: `R` logit rows of a state, `C` positions with soft writes, `D` width.
+Legend: `m` the block's masked positions that a state leaves, `n` other observed positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.models.cache import CachedRows
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.statistics import RowWrites, read_statistics
+from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
 from boe_vllm.steering.guidance import guided, with_unconditional
-from boe_vllm.steering.queries import Lookahead, Prospect
-from boe_vllm.steering.step import DenoisingPass, QueryResult
-from boe_vllm.steering.surrogate import soft_writes
+from boe_vllm.steering.hypothetical import soft_writes
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 
 Tensor = torch.Tensor
+Observed = Literal["block", "masked", "all"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prospect:
+    """What the denoiser predicts in one hypothetical state; entropies in nats."""
+
+    index: IntArray
+    """[m] indices into `View.positions` of the block's positions that are still masked."""
+    proposal: IntArray
+    """[m] what the next step would propose there; the argmax unless the prediction is carried."""
+    confidence: FloatArray
+    """[m] untempered probability of the proposal."""
+    margin: FloatArray
+    """[m] largest less second largest probability."""
+    entropy: FloatArray
+    """[m] entropies."""
+    elsewhere: FloatArray
+    """[n] entropies of the other positions that were observed."""
+    carry: RowStatistics | None
+    """The prediction, for `Commit.carry`."""
+
+    def entropies(self) -> FloatArray:
+        """[m + n] entropies of all observed positions.
+
+        Raises:
+            ValueError: when the model's logits are not finite.
+        """
+        both = np.concatenate([self.entropy, self.elsewhere])
+        if not np.isfinite(both).all():
+            raise ValueError(
+                "the model's logits are not finite in a look-ahead state; check the checkpoint and "
+                "the dtype"
+            )
+        return both
+
+    def mean_entropy(self) -> float:
+        """Mean of `entropies`; 0 where nothing is left to observe."""
+        both = self.entropies()
+        return float(both.mean()) if len(both) else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Lookahead(Query[list[Prospect]]):
+    """What the denoiser predicts in hypothetical states: a `Prospect` for each.
+
+    A state is the current one with some masked positions written. Each costs one forward.
+    """
+
+    writes: tuple[IntArray, ...]
+    """Per state, indices into `View.positions` that are written."""
+    tokens: tuple[IntArray, ...] | None
+    """Per state, what is written there; None writes soft embeddings (eq. 10)."""
+    observe: Observed = "block"
+    """Predictions that are wanted: of the block's remaining masks, of the whole sequence's, or of
+    every position. With a cache, only positions that are computed are seen."""
+    sharpen: float = 1.0
+    """Temperature of soft writes, 1 for none."""
+    carry: bool = False
+    """Whether the next step may go on with a state's prediction."""
+
+    @classmethod
+    def solve(
+        cls, current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]
+    ) -> list[QueryResult[list[Prospect]]]:
+        """Pack the states of all queries."""
+        states = [
+            state for n, (s, query) in enumerate(queries) for state in _states(current, n, s, query)
+        ]
+        soft = [
+            _SoftWrites(current, s, query) if query.tokens is None else None for s, query in queries
+        ]
+        prospects: list[list[Prospect]] = [[] for _ in queries]
+        rows = [0 for _ in queries]
+        for batch in _batches(current, states):
+            for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
+                prospects[state.query].append(prospect)
+                rows[state.query] += current.passes(state.sequence) * state.rows.live_rows
+        return [
+            QueryResult(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
+            for (s, _), found, count in zip(queries, prospects, rows, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,30 +128,8 @@ class _State:
     carry: bool
 
 
-def lookahead(
-    current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]
-) -> list[QueryResult]:
-    """One `Prospect` per state of each query; `queries` are pairs of a sequence and its query."""
-    states = [
-        state for n, (s, query) in enumerate(queries) for state in _states(current, n, s, query)
-    ]
-    soft = [
-        _SoftWrites(current, s, query) if query.tokens is None else None for s, query in queries
-    ]
-    prospects: list[list[Prospect]] = [[] for _ in queries]
-    rows = [0 for _ in queries]
-    for batch in _batches(current, states):
-        for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
-            prospects[state.query].append(prospect)
-            rows[state.query] += current.passes(state.sequence) * state.rows.live_rows
-    return [
-        QueryResult(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
-        for (s, _), found, count in zip(queries, prospects, rows, strict=True)
-    ]
-
-
 class _SoftWrites:
-    """The soft embeddings of every position that some state of an query writes."""
+    """The soft embeddings of every position that some state of a query writes."""
 
     def __init__(self, current: DenoisingPass, sequence: int, query: Lookahead) -> None:
         self.index = np.unique(np.concatenate(query.writes))
@@ -136,8 +196,8 @@ def _batches(current: DenoisingPass, states: Sequence[_State]) -> Iterator[list[
 def _predict(
     current: DenoisingPass, states: Sequence[_State], soft: Sequence[_SoftWrites | None]
 ) -> Iterator[Prospect]:
+    """One pass over some states."""
     model = current.model
-    steps = [current.next_steps[state.sequence] for state in states]
     guides = [current.guide(state.sequence) for state in states]
     packed, unconditional = with_unconditional(
         [state.rows for state in states], guides, current.log_probs.mask_token_id
@@ -148,50 +208,20 @@ def _predict(
     context = None
     if any(layout.frozen_lens):
         assert current.pool is not None
-        reads = [None if step.cache is None or step.cache.refresh else step.cache for step in steps]
-        context = CachedRows(current.pool, layout, reads + [None] * len(unconditional))
+        plans = [current.next_steps[state.sequence].cache for state in everyone]
+        # A state reads what is stored and never stores: it may not be the one that is chosen.
+        context = CachedRows(
+            current.pool, layout, [None if plan and plan.refresh else plan for plan in plans]
+        )
     hidden, _ = model.run(x, layout, context)
     hidden = guided(hidden, layout, unconditional, guides)
-    counts = layout.logit_lens[: len(states)]
-    table = current.log_probs.table
-    rules = [
-        table.numbers(
-            step.constraints.at(
-                s.rows.tokens,
-                s.rows.tokens == current.log_probs.mask_token_id,
-                s.rows.wanted_positions,
-            ),
-            len(s.rows.wanted_positions),
-        )
-        for step, s in zip(steps, states, strict=True)
+    numbers = [
+        current.constraint_numbers(s.sequence, s.rows.tokens, s.rows.wanted_positions)
+        for s in states
     ]
-    log_probs = current.log_probs.of(hidden, np.concatenate(rules))
+    counts = layout.logit_lens[: len(states)]
     statistics = read_statistics(
-        log_probs,
-        RowWrites(
-            temperature=np.repeat(
-                [
-                    step.temperature if state.carry else 0.0
-                    for step, state in zip(steps, states, strict=True)
-                ],
-                counts,
-            ),
-            uniform=np.concatenate(
-                [
-                    randomness.uniforms(
-                        step.seed,
-                        step=step.step,
-                        positions=s.rows.wanted_positions,
-                        stream=randomness.WRITE,
-                    )
-                    for step, s in zip(steps, states, strict=True)
-                ]
-            ),
-            top_logprobs=max(
-                step.top_logprobs if state.carry else 0
-                for step, state in zip(steps, states, strict=True)
-            ),
-        ),
+        current.log_probs.of(hidden, np.concatenate(numbers)), _writes(current, states, counts)
     )
     for n, state in enumerate(states):
         start = layout.logit_starts[n]
@@ -208,6 +238,27 @@ def _predict(
         )
 
 
+def _writes(current: DenoisingPass, states: Sequence[_State], counts: Sequence[int]) -> RowWrites:
+    """How the states' tokens are proposed: as the next step would, where it may go on with them."""
+    steps = [current.next_steps[state.sequence] for state in states]
+    pairs = list(zip(steps, states, strict=True))
+    return RowWrites(
+        temperature=np.repeat([step.temperature * s.carry for step, s in pairs], counts),
+        uniform=np.concatenate(
+            [
+                randomness.uniforms(
+                    step.seed,
+                    step=step.step,
+                    positions=s.rows.wanted_positions,
+                    stream=randomness.WRITE,
+                )
+                for step, s in pairs
+            ]
+        ),
+        top_logprobs=max(step.top_logprobs * s.carry for step, s in pairs),
+    )
+
+
 def _write_softly(
     current: DenoisingPass,
     x_TD: Tensor,
@@ -215,7 +266,7 @@ def _write_softly(
     states: Sequence[_State],
     soft: Sequence[_SoftWrites | None],
 ) -> Tensor:
-    """The rows' embeddings with the soft writes in their places, [T, D]."""
+    """[T, D] the rows' embeddings with the soft writes in their places."""
     rows, embeddings = [], []
     for n, state in enumerate(states):
         writes = soft[state.query]

@@ -24,6 +24,7 @@ def register() -> None:
 
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     # By name: importing the class here would initialise CUDA in processes that later fork.
-    ModelRegistry.register_model(hooks.ARCHITECTURE, "boe_vllm.models.decoder:LLaDAForDiffusion")
+    network = "boe_vllm.vllm_plugin.network:LLaDAForDiffusion"
+    ModelRegistry.register_model(hooks.ARCHITECTURE, network)
     MODELS_CONFIG_MAP[hooks.ARCHITECTURE] = LLaDAEngineConfig
     hooks.install()

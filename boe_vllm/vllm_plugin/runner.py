@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import DraftTokenIds
 
-    from boe_vllm.models.decoder import LLaDAForDiffusion
+    from boe_vllm.vllm_plugin.network import LLaDAForDiffusion
 
 logger = init_logger("vllm." + __name__)
 

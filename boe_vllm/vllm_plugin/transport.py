@@ -52,10 +52,10 @@ def check_transport(sent: SamplingParams | EngineCoreRequest) -> None:
     try:
         MsgpackDecoder(type(sent)).decode(encoded)
     except _FAILURES as error:
-        name = None
+        refused: str | None = None
         if found := _PATH.search(str(error)):
-            name = found[2] or type(sent).__struct_fields__[int(found[1] or 0)]
-        raise refusal(error, name) from error
+            refused = found[2] or type(sent).__struct_fields__[int(found[1] or 0)]
+        raise refusal(error, refused) from error
 
 
 def _unsendable(sent: SamplingParams | EngineCoreRequest) -> str:

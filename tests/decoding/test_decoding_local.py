@@ -16,7 +16,7 @@ from test_policy_rules_local import COUNTS
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
-from boe_vllm.models.standalone import build
+from boe_vllm.models import build
 
 pc = functools.partial(rules.pc, counts=COUNTS, total=10000)
 LOOSE = {"confidence_threshold": 0.2, "kl_threshold": 0.3}
@@ -57,7 +57,7 @@ def rule_of(fields, rule):
 @pytest.fixture(scope="module")
 def random_model():
     config, weights = small_config(), random_weights(small_config(), dtype=torch.float64)
-    model = build(config, dtype=torch.float64)
+    model = build.random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 
@@ -65,7 +65,7 @@ def random_model():
 @pytest.fixture(scope="module")
 def tiny():
     config, weights = slow_decoding.bundled()
-    model = build(config, dtype=torch.float64)
+    model = build.random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

@@ -14,7 +14,7 @@ from toy import steps_by
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 
 CASES = [
     ({"policy": "remdm", "sigma_schedule": "cap", "eta": 0.3}, slow.remdm, {"eta": 0.3}),
@@ -27,7 +27,7 @@ CASES = [
     ({"policy": "lookahead", "write": "proposal", "rho": 0.5}, slow.lookahead, {"rho": 0.5}),
     (
         {
-            "policy": "boe", "gain": 0.0, "risk": 1.0, "rho": 0.5, "selection": "top",
+            "policy": "pairwise", "interaction": 0.0, "coupling": "attention",
             "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.9,
         },
         remasked,
@@ -39,7 +39,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def tiny():
     config, weights = slow_decoding.bundled()
-    model = build(config, dtype=torch.float64)
+    model = random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

@@ -10,19 +10,19 @@ from oracle import random_weights, small_config
 
 from boe_vllm.decoding.canvas import Canvas, SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 MASK, EOS = 28, 27
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"
 NEEDED = {"pc": {"frequencies": str(TABLE)}}
 VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NAMES)] + [
-    {"policy": "boe", "surrogate": "mask"},
+    {"policy": "boe", "surrogate": "response"},
     {"policy": "boe", "surrogate": "inject"},
     {"policy": "boe", "surrogate": "inject", "context": "exact", "active": "all"},
     {"policy": "boe", "preset": "paper"},
@@ -41,7 +41,7 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
 @pytest.fixture(scope="module")
 def model():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     model.load_weights(random_weights(config).items())
     return model
 
@@ -142,7 +142,7 @@ def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperat
 def wide_model(request):
     """Wide enough for libraries to choose their kernels by the number of rows."""
     config = small_config(d_model=512, mlp_hidden_size=1536)
-    model = build(config, dtype=request.param)
+    model = random_model(config, dtype=request.param)
     model.load_weights(random_weights(config).items())
     return model
 
@@ -208,8 +208,8 @@ def test_cost_is_counted_per_request(model):
     loop = make_loop(model)
     for name, fields in {
         "plain": {},
-        "kv": {"policy": "boe", "rho": 1.0},
-        "mask": {"policy": "boe", "surrogate": "mask", "rho": 1.0},
+        "kv": {"policy": "boe", "surrogate": "kv", "rho": 1.0},
+        "mask": {"policy": "boe", "rho": 1.0},
         "exact": {"policy": "boe", "surrogate": "inject", "context": "exact", "rho": 1.0},
     }.items():
         loop.add(name, [1, 2], params_of(fields | {"block_length": 4}, prompt_len=2, max_tokens=4))
@@ -309,8 +309,8 @@ def test_broken_logits_fail_one_request_and_no_other(model):
     weight = model.wte.weight.data[broken].clone()
     try:
         model.wte.weight.data[broken] = float("nan")
-        loop.add("bad", [1, broken], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
-        loop.add("good", [1, 2], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
+        loop.add("bad", [1, broken], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
+        loop.add("good", [1, 2], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
         results = loop.step(["bad", "good"])
     finally:
         model.wte.weight.data[broken] = weight
@@ -397,8 +397,6 @@ def test_the_counters_add_up_to_the_reports(model):
     loop = make_loop(model)
     for n, policy in enumerate(["boe", "confidence", "remdm", "confidence"]):
         fields = {"policy": policy, "tokens_per_step": 2, "cache": "none"}
-        if policy == "boe":
-            fields["preset"] = "kv"  # has a backward
         loop.add(f"{n}", [1, 2], params_of(fields, prompt_len=2, max_tokens=12, seed=n))
     loop.step(["0", "1"])
     assert loop.read_counters()["boe/active/confidence"] == 2

@@ -21,8 +21,7 @@ from boe_vllm.lab.bench.flops import NetworkFlops, StepRows
 from boe_vllm.lab.bench.parts import FUNCTIONS
 from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop, variant_fields
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
-from boe_vllm.models.standalone import build
-from boe_vllm.policies.base import SCORE_GRID
+from boe_vllm.models.build import random_model
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -35,7 +34,7 @@ CPU = argparse.Namespace(device="cpu")
 @pytest.fixture(scope="module")
 def model():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     model.load_weights(random_weights(config).items())
     return model
 
@@ -145,9 +144,6 @@ def test_an_unknown_benchmark_or_option_names_what_is_known(capsys):
     with pytest.raises(SystemExit):
         main(["steering", "--device", "tpu"])
     assert "cpu or cuda" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["policies", "--no-run"])
-    assert "--no-run: expected --cells FILE" in capsys.readouterr().err
     with pytest.raises(common.UsageError, match="--parts: expected --device cpu beside it"):
         steering.run(argparse.Namespace(parts=True, device="cuda"))
 
@@ -279,10 +275,6 @@ def test_a_difference_is_a_tie_only_where_float64_says_so(model):
 
 
 # ---- the arithmetic ----------------------------------------------------------------------------
-
-
-def test_the_grid_is_the_engines():
-    assert baseline.GRID == SCORE_GRID
 
 
 def test_flops_are_those_that_torch_counts():

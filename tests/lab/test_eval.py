@@ -12,7 +12,7 @@ import pytest
 from test_benchmarks import RECORDS, write
 
 import boe_vllm
-from boe_vllm.lab.eval import arguments, main, report, run, tables
+from boe_vllm.lab.eval import arguments, main, report, sweep, tables
 from boe_vllm.lab.eval.cells import item_seed, make_cells, make_jobs
 from boe_vllm.lab.eval.costs import busy_seconds, engine_seconds
 from boe_vllm.lab.eval.ledger import Ledger
@@ -395,11 +395,11 @@ def test_cells_one_by_one_are_batches_of_their_own():
     made = settings("--table", "5", "--tasks", "sudoku4")
     cells = make_cells(made, {"sudoku4": TASKS["sudoku4"]})
     jobs = list(make_jobs(cells, {"sudoku4": TASKS["sudoku4"].items(2)}, 0, {(cells[0].key, 1)}))
-    batches = run.batches(made, cells, jobs)
+    batches = sweep.batches(made, cells, jobs)
     assert [len({job.cell.key for job in batch}) for batch in batches] == [1] * len(cells)
     assert [job for batch in batches for job in batch] == jobs
     together = settings("--tasks", "sudoku4")
-    assert run.batches(together, cells, jobs) == [jobs]
+    assert sweep.batches(together, cells, jobs) == [jobs]
 
 
 def test_a_missing_scorer_is_named():

@@ -99,7 +99,7 @@ def browser():
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Opens a page of a recording; whatever it says or queries for must be nothing."""
+    """Opens a page of a recording; whatever it says or asks for must be nothing."""
     noise, asked, contexts = [], [], []
 
     def opened(made, width=1280, height=800):

@@ -7,11 +7,11 @@ import torch
 from oracle import random_weights, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
-from boe_vllm.models.standalone import build
-from boe_vllm.sampling.statistics import LogProbabilities, RowWrites, read_statistics
-from boe_vllm.steering.importance import token_importance
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.sampling.log_probs import LogProbabilities
+from boe_vllm.sampling.statistics import RowWrites, read_statistics
+from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.step import DenoisingPass
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def run(model, sequences):
 
 def test_only_kept_rows_leave_activations_behind():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     model.load_weights(random_weights(config).items())
     # Once before, so that what passes share (the network's scratch) is there already.
     run(model, sequences_of(config, lengths=[60, 40], masked=5, keep="none"))
@@ -72,7 +72,7 @@ def vars_of(layer):
 
 def test_a_plain_pass_leaves_nothing_behind():
     config = small_config()
-    model = build(config)
+    model = random_model(config)
     _, _, saved = run(model, sequences_of(config, lengths=[60], masked=5, keep="none"))
     assert saved is None
 
@@ -94,7 +94,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_row_by_vocabulary_tensor_outgrows_the_budget():
     config = small_config(vocab_size=509, embedding_size=512, mask_token_id=508)
-    model = build(config)
+    model = random_model(config)
     sequences = sequences_of(config, lengths=[80, 70], masked=40, keep="masked")
     budget = 64 * 1024
     with Largest(config.vocab_size) as largest:
@@ -125,5 +125,5 @@ def test_no_row_by_vocabulary_tensor_outgrows_the_budget():
             context="frozen",
             sharpen=0.5,
         )
-        token_importance(current, [(0, query), (1, query)])
+        TokenImportance.solve(current, [(0, query), (1, query)])
     assert 0 < largest.bytes <= budget < 80 * config.vocab_size * 4

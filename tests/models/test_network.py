@@ -5,14 +5,14 @@ import pytest
 import torch
 from oracle import Dense, random_weights, small_config
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
-from boe_vllm.models.standalone import build
 
 CPU = torch.device("cpu")
 
 
 def load(config, weights, dtype=torch.float32):
-    model = build(config, dtype=dtype)
+    model = random_model(config, dtype=dtype)
     model.load_weights((name, tensor.to(dtype)) for name, tensor in weights.items())
     return model
 
@@ -95,14 +95,14 @@ def test_a_missing_tensor_is_named():
     weights = random_weights(config)
     del weights["model.transformer.blocks.1.up_proj.weight"]
     with pytest.raises(ValueError, match=r"missing 1 tensor.*blocks\.1\.up_proj\.weight"):
-        build(config).load_weights(weights.items())
+        random_model(config).load_weights(weights.items())
 
 
 def test_an_unexpected_tensor_is_named():
     config = small_config()
     weights = random_weights(config) | {"model.transformer.blocks.9.q_proj.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"unexpected tensor '.*blocks\.9\.q_proj\.weight'"):
-        build(config).load_weights(weights.items())
+        random_model(config).load_weights(weights.items())
 
 
 def test_a_tensor_of_the_wrong_shape_is_named():
@@ -112,4 +112,4 @@ def test_a_tensor_of_the_wrong_shape_is_named():
     with pytest.raises(
         ValueError, match=r"tensor 'model\.transformer\.ln_f\.weight'.*does not fit"
     ):
-        build(config).load_weights(weights.items())
+        random_model(config).load_weights(weights.items())

@@ -17,7 +17,7 @@ from boe_vllm.policies.klass import recent
 from boe_vllm.request import schedule
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.queries import PredictionChange
+from boe_vllm.steering.change import PredictionChange
 
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"
 CONTENT = json.loads(TABLE.read_text())
@@ -348,7 +348,7 @@ BAD = [
     ({"policy": "confident-random", "rho": 0}, r"rho: .*greater than 0"),
     ({"policy": "origin", "eps": 1}, r"eps: .*less than 1"),
     ({"policy": "eb", "gamma": -0.1}, r"gamma: .*greater than or equal to 0"),
-    ({"policy": "eb", "proxy": "kl"}, r"proxy: .*'entropy', 'confidence' or 'margin'"),
+    ({"policy": "eb", "proxy": "kl"}, r"proxy: .*'confidence', 'margin' or 'entropy'"),
     ({"policy": "threshold", "threshold": 1.1}, r"threshold: .*less than or equal to 1"),
     ({"policy": "factor", "factor": -1}, r"factor: .*greater than or equal to 0"),
     ({"policy": "klass", "history": 0}, r"history: .*greater than or equal to 1"),

@@ -11,10 +11,10 @@ import torch
 from oracle import Dense, random_weights, small_config
 from test_loop import EOS, finish, make_loop, params_of
 from test_loop import MASK as MODEL_MASK
-from toy import MASK, Driven, Toy, steps_by, without_repeats
+from toy import GRID, MASK, Driven, Toy, steps_by, without_repeats
 
 from boe_vllm.decoding.policy_step import view_of
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
 from boe_vllm.request.config import parse_sampler_config
@@ -82,7 +82,9 @@ def test_the_policy_does_what_the_transcription_does(fields, rule, settings):
             prompt[1] = prompt[2] = MASK  # infilling
         toy, seed = Toy(n), int(rng.integers(1000))
         got = Driven(toy, fields | frame(shape), prompt, shape[0], seed=seed).finish()
-        decoding = slow.Decoding(slow.Model(toy.logits, MASK), prompt, shape[0], shape[1], seed)
+        decoding = slow.Decoding(
+            slow.Model(toy.logits, MASK, grid=GRID), prompt, shape[0], shape[1], seed
+        )
         want = rule(decoding, steps_of=steps_by(shape[2], shape[3]), **settings)
         assert got.canvas.tokens.tolist() == want.x, shape
         assert without_repeats(got.inputs) == without_repeats(want.inputs), shape
@@ -95,7 +97,7 @@ def test_the_policy_does_what_the_transcription_does(fields, rule, settings):
 @pytest.fixture(scope="module")
 def networks():
     config, weights = small_config(), random_weights(small_config(), dtype=torch.float64)
-    model = build(config, dtype=torch.float64)
+    model = random_model(config, dtype=torch.float64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 

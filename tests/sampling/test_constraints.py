@@ -8,16 +8,16 @@ import torch
 from test_loop import EOS, MASK, NEEDED, finish, make_loop, model, params_of  # noqa: F401
 
 from boe_vllm.policies import POLICY_NAMES
-from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.given_text import GivenText
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.sampling.constraints import NEVER, CanvasConstraints, Constraint, TokenConstraints
 
 VOCAB = 29
 POLICIES = sorted(POLICY_NAMES)
 
 
-def run(  # noqa: F811
-    model,
+def run(
+    model,  # noqa: F811
     fields,
     constraints,
     *,

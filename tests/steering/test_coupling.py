@@ -7,8 +7,9 @@ from test_importance import make_pass, setting
 from test_policies import make_view, policy_of, run
 
 from boe_vllm.policies.selection import pairwise_set
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Conditional, Conditioned, Coupling
+from boe_vllm.steering.chain import Conditional, Conditioned
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.step import solve_together
 
 # ---- estimators ----------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_measured_coupling_equals_the_dense_network(estimator, measure):
         n: ask_for(rows, estimator=estimator, measure=measure)
         for n, rows in enumerate(current.sequences)
     }
-    for n, given in answer(current, queries).items():
+    for n, given in solve_together(current, queries).items():
         want = oracle(dense, current.sequences[n], queries[n])
         np.testing.assert_allclose(given.value, want, rtol=1e-8, atol=1e-10)
         assert np.abs(want).max() > 1e-3
@@ -85,7 +86,7 @@ def test_attention_coupling_is_symmetric_normalised_and_free():
     model, _ = setting()
     current = make_pass(model, "masked")
     query = ask_for(current.sequences[1], estimator="attention", measure="kl")
-    (given,) = answer(current, {1: query}).values()
+    (given,) = solve_together(current, {1: query}).values()
     kappa = given.value
     np.testing.assert_allclose(kappa, kappa.T)
     assert (np.diag(kappa) == 0).all()
@@ -101,7 +102,7 @@ def test_overlap_coupling_equals_the_dense_network():
         n: ask_for(rows, estimator="overlap", measure="kl")
         for n, rows in enumerate(current.sequences)
     }
-    for n, given in answer(current, queries).items():
+    for n, given in solve_together(current, queries).items():
         places = current.sequences[n].logit_positions[queries[n].pool]
         tokens = torch.from_numpy(current.sequences[n].tokens)
         p = dense.log_probs(dense.logits(dense.embed(tokens)))[places].exp()
@@ -119,7 +120,7 @@ def test_overlap_coupling_equals_the_dense_network():
         mean = (attention + attention.T)[~np.eye(4, dtype=bool)].mean()
         np.testing.assert_allclose(given.value, want / mean, rtol=1e-8, atol=1e-12)
         assert want.max() > 1e-3
-        (alone,) = answer(current, {n: queries[n]}).values()
+        (alone,) = solve_together(current, {n: queries[n]}).values()
         np.testing.assert_array_equal(alone.value, given.value)
         assert (given.forwards, given.backwards) == (0, 0)
 
@@ -135,7 +136,7 @@ def test_a_conditional_equals_the_dense_network_with_the_rest_frozen():
         temperature=0.0,
         uniform=np.full(2, 0.5),
     )
-    (given,) = answer(current, {1: query}).values()
+    (given,) = solve_together(current, {1: query}).values()
     places = rows.logit_positions[[2, 0, 3]]
     after = frozen_logits(dense, rows, places, [5, 28, 28])[[0, 3]]
     assert given.value.proposal.tolist() == after.argmax(-1).tolist()
@@ -190,7 +191,7 @@ def replies_of(table):
 def test_conditional_set_follows_the_chain_rule():
     view = make_view([0.9, 0.8, 0.7, 0.2], quota=3)
     table = {frozenset({0}): [0, 0.1, 0.6, 0.5], frozenset({0, 2}): [0, 0.3, 0, 0.4]}
-    queries, commit = run(policy_of(policy="boe", preset="joint"), view, replies_of(table))
+    queries, commit = run(policy_of(policy="joint"), view, replies_of(table))
     assert [query.written.tolist() for query in queries] == [[0], [0, 2]]
     assert commit.chosen.tolist() == [0, 2, 3]
     assert commit.tokens.tolist() == [50, 92, 93]  # later tokens as proposed given the earlier
@@ -199,7 +200,7 @@ def test_conditional_set_follows_the_chain_rule():
 def test_certain_candidates_need_no_round_of_their_own():
     view = make_view([0.999, 0.995, 0.7, 0.2], quota=3)
     table = {frozenset({0, 1}): [0, 0, 0.3, 0.4]}
-    policy = policy_of(policy="boe", preset="joint", certain=0.99)
+    policy = policy_of(policy="joint")
     queries, commit = run(policy, view, replies_of(table))
     assert len(queries) == 1 and commit.chosen.tolist() == [0, 1, 3]
 
@@ -208,7 +209,7 @@ def test_the_pool_bounds_the_candidates():
     view = make_view(np.linspace(0.9, 0.2, 8), quota=2)
     table = {frozenset({0}): np.linspace(0.1, 0.9, 8)}
     for pool, last in ((1.0, 1), (1.5, 2), (2.0, 3), (4.0, 7)):
-        policy = policy_of(policy="boe", preset="joint", pool=pool)
+        policy = policy_of(policy="joint", pool=pool)
         _, commit = run(policy, view, replies_of(table))
         assert commit.chosen.tolist() == [0, last]
 
@@ -217,19 +218,13 @@ def test_pairwise_asks_for_the_coupling_of_the_pool():
     view = make_view([0.9, 0.85, 0.8, 0.2], quota=2)
     coupling = np.zeros((4, 4))
     coupling[0, 1] = coupling[1, 0] = 3.0
-    policy = policy_of(policy="boe", preset="pairwise")
+    policy = policy_of(policy="pairwise")
     (query,), commit = run(policy, view, lambda query: coupling)
     assert query.estimator == "pairs" and query.pool.tolist() == [0, 1, 2, 3]
     assert commit.chosen.tolist() == [0, 2]
 
 
 def test_one_token_a_step_needs_no_set():
-    for preset in ("joint", "pairwise"):
-        queries, commit = run(policy_of(policy="boe", preset=preset), make_view([0.2, 0.9]))
+    for policy in ("joint", "pairwise"):
+        queries, commit = run(policy_of(policy=policy), make_view([0.2, 0.9]))
         assert queries == [] and commit.chosen.tolist() == [1]
-
-
-def test_gain_and_risk_are_added():
-    policy = policy_of(policy="boe", risk=1.0, gain=2.0, rho=1.0, gate="none")
-    _, commit = run(policy, make_view([0.5, 0.25]), lambda query: np.array([0.1, 0.9]))
-    np.testing.assert_allclose(commit.scores, [np.log(0.5) + 0.2, np.log(0.25) + 1.8])

@@ -66,7 +66,7 @@ def test_a_step_from_a_decoded_state_is_the_next_step_of_its_decode(loop):
     assert [(s.item, s.phase) for s in states] == [(n, phase) for n in (0, 1) for phase in PHASES]
     assert [len(s.masked) for s in states] == [13, 8, 4] * 2
     for state in states:
-        assert (state.tokens[state.masked] == loop.mask_token_id).all()
+        assert (state.tokens[state.masked] == loop.special.mask).all()
     _, statistics = pass_over(loop, states)
     one_step(loop, states, {"policy": "confidence"})()
     for n, (state, own) in enumerate(zip(states, statistics, strict=True)):

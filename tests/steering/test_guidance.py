@@ -13,12 +13,12 @@ from test_loop import NEEDED, VARIANTS, finish, make_loop, params_of
 from boe_vllm.models.rows import pack
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
-from boe_vllm.steering.coupling.solve import conditional, coupling
+from boe_vllm.steering.chain import Conditional
+from boe_vllm.steering.coupling import Coupling
 from boe_vllm.steering.guidance import Guidance, guided, with_unconditional
-from boe_vllm.steering.importance import token_importance
-from boe_vllm.steering.lookahead import lookahead
-from boe_vllm.steering.queries import Conditional, Coupling, Lookahead
-from boe_vllm.steering.step import DenoisingPass, NextStep
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.lookahead import Lookahead
+from boe_vllm.steering.step import DenoisingPass
 
 MASK, W = 28, 1.5
 
@@ -37,10 +37,9 @@ def guided_pass(model, keep="masked", scales=(W, None, 0.5)):
     log_probs = plain.log_probs.of(hidden, np.zeros(len(hidden), bool))
     writes = RowWrites(temperature=np.zeros(len(hidden)), uniform=np.full(len(hidden), 0.5))
     read_statistics(log_probs, writes, keep=True)
-    step = NextStep(temperature=0.0, uniforms=lambda positions: np.full(len(positions), 0.5))
     return DenoisingPass(
         model=model, sequences=plain.sequences, layout=layout, log_probs=log_probs, saved=saved,
-        guides=tuple(guides), unconditional=unconditional, next_steps=(step,) * len(packed),
+        guides=tuple(guides), unconditional=unconditional, next_steps=plain.next_steps,
     )  # fmt: skip
 
 
@@ -160,7 +159,7 @@ def test_importance_is_that_of_the_guided_entropy(case):
     keep = "all" if case["active"] == "all" else "masked"
     current = guided_pass(model, keep)
     queries = [(n, ask_for(rows, **case)) for n, rows in enumerate(current.sequences)]
-    answers = token_importance(current, queries)
+    answers = TokenImportance.solve(current, queries)
     for s in (0, 2):
         want = importance_oracle(
             Pair(dense, current.sequences[s], current.guides[s]), queries[s][1]
@@ -168,11 +167,11 @@ def test_importance_is_that_of_the_guided_entropy(case):
         np.testing.assert_allclose(answers[s].value, want, rtol=1e-8, atol=1e-11)
         assert np.abs(want).max() > 1e-3
     plain = make_pass(model, keep)
-    (alone,) = token_importance(plain, [queries[1]])
+    (alone,) = TokenImportance.solve(plain, [queries[1]])
     np.testing.assert_allclose(answers[1].value, alone.value, rtol=1e-10)
     cost = [dataclasses.astuple(answer)[1:] for answer in answers]
     assert cost[1] == dataclasses.astuple(alone)[1:]
-    (unguided,) = token_importance(plain, [queries[0]])
+    (unguided,) = TokenImportance.solve(plain, [queries[0]])
     assert cost[0] == tuple(2 * x for x in dataclasses.astuple(unguided)[1:])
 
 
@@ -183,7 +182,7 @@ def test_lookahead_states_are_guided():
     for s in range(len(current.sequences)):
         writes = (np.array([0]), np.array([1, 2]))
         queries.append((s, Lookahead(writes=writes, tokens=(np.array([4]), np.array([5, 6])))))
-    for (s, query), answer in zip(queries, lookahead(current, queries), strict=True):
+    for (s, query), answer in zip(queries, Lookahead.solve(current, queries), strict=True):
         rows, guide = current.sequences[s], current.guides[s]
         assert answer.forwards == (2 if guide is None else 4)
         assert answer.rows_forward == answer.forwards * len(rows.tokens)
@@ -201,7 +200,7 @@ def test_soft_lookahead_writes_both_sequences():
     model, dense = setting()
     current = guided_pass(model)
     rows, guide = current.sequences[0], current.guides[0]
-    (answer,) = lookahead(current, [(0, Lookahead(writes=(np.array([1]),), tokens=None))])
+    (answer,) = Lookahead.solve(current, [(0, Lookahead(writes=(np.array([1]),), tokens=None))])
     pair = Pair(dense, rows, guide)
     position = rows.logit_positions[[1]]
     soft = pair.soft(position)
@@ -234,7 +233,7 @@ def test_conditionals_are_guided():
             temperature=0.0, uniform=np.full(2, 0.5),
         )) for s in range(3)
     ]  # fmt: skip
-    answers = conditional(current, queries)
+    answers = Conditional.solve(current, queries)
     for s in (0, 2):
         pair = Pair(dense, current.sequences[s], current.guides[s])
         logp = frozen_log_probs(pair, np.array([0, 1, 3]), np.array([4, MASK, MASK]))[1:]
@@ -255,7 +254,7 @@ def test_measured_couplings_are_guided(estimator):
             estimator=estimator, measure="kl",
         )) for s in range(3)
     ]  # fmt: skip
-    answers = coupling(current, queries)
+    answers = Coupling.solve(current, queries)
     for s in (0, 2):
         rows = current.sequences[s]
         pair = Pair(dense, rows, current.guides[s])

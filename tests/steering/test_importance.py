@@ -1,7 +1,7 @@
 """Token Importance Scores equal autograd's on the dense network, in float64.
 
-The dense oracle runs eq. 30 literally (`torch.where(open, y, y.detach())`), one request at a time;
-the packed passes answer all requests together.
+The dense oracle runs eq. 30 literally (`torch.where(active, y, y.detach())`), one request at a
+time; the packed passes answer all requests together.
 """
 
 import numpy as np
@@ -9,12 +9,14 @@ import pytest
 import torch
 from oracle import Dense, random_weights, small_config
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
-from boe_vllm.models.standalone import build
-from boe_vllm.sampling.statistics import LogProbabilities, RowWrites, read_statistics
-from boe_vllm.steering.importance import token_importance
-from boe_vllm.steering.queries import TokenImportance
-from boe_vllm.steering.step import DenoisingPass
+from boe_vllm.sampling.constraint_table import ConstraintTable
+from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
+from boe_vllm.sampling.log_probs import LogProbabilities
+from boe_vllm.sampling.statistics import RowWrites, read_statistics
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.step import DenoisingPass, NextStep
 
 F64 = torch.float64
 LENS = (9, 14, 6)
@@ -23,9 +25,15 @@ LENS = (9, 14, 6)
 def setting(**changes):
     config = small_config(**changes)
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
+
+
+def next_step(**changes):
+    """A next step without constraints."""
+    free = CanvasConstraints(TokenConstraints(), 0)
+    return NextStep(**(dict(temperature=0.0, seed=0, step=1, constraints=free) | changes))
 
 
 def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
@@ -38,20 +46,22 @@ def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
         sequences.append(SequenceRows(tokens=tokens, logit_positions=masked, keep=keep))
     layout = pack(sequences, torch.device("cpu"))
     hidden, saved = model.run(model.embed(layout.tokens), layout)
-    rows = len(hidden)
+    rows, table = len(hidden), ConstraintTable()
     log_probs = LogProbabilities(
         model,
         hidden,
         mask_token_id=model.config.mask_token_id,
         eos_token_id=model.config.eos_token_id,
         constraint_R=np.zeros(rows, bool),
+        table=table,
         budget_bytes=budget_bytes,
     )
     writes = RowWrites(temperature=np.zeros(rows), uniform=np.full(rows, 0.5))
     read_statistics(log_probs, writes, keep=True)
     return DenoisingPass(
-        model=model, sequences=tuple(sequences), layout=layout, log_probs=log_probs, saved=saved
-    )
+        model=model, sequences=tuple(sequences), layout=layout, log_probs=log_probs, saved=saved,
+        next_steps=(next_step(),) * len(sequences), table=table,
+    )  # fmt: skip
 
 
 def ask_for(rows, *, surrogate, objective="masked", active="masked", context="frozen", sharpen=1.0):
@@ -212,7 +222,7 @@ def test_scores_equal_autograd(case, changes):
     model, dense = setting(**changes)
     current = make_pass(model, "all" if case["active"] == "all" else "masked")
     queries = [(n, ask_for(rows, **case)) for n, rows in enumerate(current.sequences)]
-    for (n, query), got in zip(queries, token_importance(current, queries), strict=True):
+    for (n, query), got in zip(queries, TokenImportance.solve(current, queries), strict=True):
         want = oracle(dense, current.sequences[n], query).numpy()
         np.testing.assert_allclose(got.value, want, rtol=1e-8, atol=1e-11)
         assert np.abs(want).max() > 1e-3  # the test can fail
@@ -228,9 +238,9 @@ def test_one_backward_gives_each_request_its_own_scores(first):
         dict(surrogate="inject"),
     ]
     queries = [(n, ask_for(current.sequences[n], **kind)) for n, kind in enumerate(kinds)]
-    together = token_importance(current, queries)
+    together = TokenImportance.solve(current, queries)
     for pair, got in zip(queries, together, strict=True):
-        (alone,) = token_importance(current, [pair])
+        (alone,) = TokenImportance.solve(current, [pair])
         np.testing.assert_allclose(got.value, alone.value, rtol=1e-12)
 
 
@@ -240,7 +250,7 @@ def test_remaining_objective_with_candidate_rows_only_has_no_gradient():
     query = ask_for(
         current.sequences[1], surrogate="mask", objective="remaining", active="candidates"
     )
-    (got,) = token_importance(current, [(1, query)])
+    (got,) = TokenImportance.solve(current, [(1, query)])
     assert (got.value == 0).all()
 
 
@@ -249,7 +259,7 @@ def test_mask_scores_equal_finite_differences():
     current = make_pass(model, "all")
     rows = current.sequences[0]
     query = ask_for(rows, surrogate="mask", active="all")
-    (got,) = token_importance(current, [(0, query)])
+    (got,) = TokenImportance.solve(current, [(0, query)])
     x = dense.embed(torch.from_numpy(rows.tokens))
     positions = rows.logit_positions[query.candidates]
     change = soft_embeddings(dense, x, positions, 1.0) - dense.w("wte")[28]
@@ -268,7 +278,7 @@ def test_small_tiles_change_nothing():
     assert whole.log_probs.keeps and not tiled.log_probs.keeps and tiled.log_probs.tile_rows == 2
     queries = [(n, ask_for(rows, surrogate="kv")) for n, rows in enumerate(whole.sequences)]
     for a, b in zip(
-        token_importance(whole, queries), token_importance(tiled, queries), strict=True
+        TokenImportance.solve(whole, queries), TokenImportance.solve(tiled, queries), strict=True
     ):
         np.testing.assert_allclose(a.value, b.value, rtol=1e-12)
 
@@ -289,5 +299,5 @@ def test_cost_is_counted():
     }
     for (surrogate, context), cost in want.items():
         query = ask_for(rows, surrogate=surrogate, context=context)
-        (got,) = token_importance(current, [(1, query)])
+        (got,) = TokenImportance.solve(current, [(1, query)])
         assert (got.forwards, got.backwards, got.rows_forward, got.rows_backward) == cost

@@ -1,24 +1,32 @@
 """Look-ahead in the engine: states are predicted as by a dense forward, packed within the row
 budget, and the state that is chosen needs no other forward."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import slow_remasking as slow
 import torch
 from oracle import Dense, random_weights, small_config
-from test_importance import make_pass
-from test_loop import MASK, finish, make_loop, params_of
+from test_importance import make_pass, next_step
+from test_loop import EOS, MASK, finish, make_loop, params_of
 from test_policy_rules_lookahead import label, settings_of
 from toy import Driven, Toy, steps_by
 
+from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
-from boe_vllm.models.standalone import build
 from boe_vllm.policies.base import Commit, Policy
 from boe_vllm.sampling import randomness
+from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
-from boe_vllm.steering.lookahead import lookahead
-from boe_vllm.steering.queries import Lookahead
-from boe_vllm.steering.step import DenoisingPass, NextStep
+from boe_vllm.steering.chain import Conditional
+from boe_vllm.steering.change import PredictionChange
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.guidance import Guidance, guided, with_unconditional
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.likelihood import Likelihood
+from boe_vllm.steering.lookahead import Lookahead
+from boe_vllm.steering.step import solve_together
 
 F64 = torch.float64
 
@@ -27,23 +35,18 @@ F64 = torch.float64
 def networks():
     config = small_config()
     weights = random_weights(config, dtype=F64)
-    model = build(config, dtype=F64)
+    model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
     return model, Dense(config, weights)
 
 
-def with_next_steps(current, *, row_budget=8192, temperature=0.0, forbidden=False):
-    steps = [
-        NextStep(
-            temperature=temperature,
-            uniforms=lambda positions: randomness.uniforms(
-                3, step=1, positions=positions, stream=0
-            ),
-            rules=lambda positions: np.full_like(positions, forbidden),
-        )
-    ] * len(current.sequences)
-    fields = {name: getattr(current, name) for name in current.__slots__}
-    return DenoisingPass(**(fields | {"next_steps": tuple(steps), "row_budget": row_budget}))
+def with_next_steps(current, *, row_budget=8192, temperature=0.0, never=None, bad_words=()):
+    demanded = TokenConstraints(bad_words=bad_words)
+    step = next_step(
+        temperature=temperature, seed=3, constraints=CanvasConstraints(demanded, 0, never=never)
+    )
+    steps = (step,) * len(current.sequences)
+    return dataclasses.replace(current, next_steps=steps, row_budget=row_budget)
 
 
 def dense_state(dense, rows, written, tokens, sharpen):
@@ -81,7 +84,7 @@ def test_states_are_predicted_as_by_a_dense_forward(networks, observe, soft, sha
         rows.tokens[outside[-1]] = MASK
     current = with_next_steps(again(model, current))
     queries = asks_for(current, soft=soft, observe=observe, sharpen=sharpen)
-    for (n, query), answer in zip(queries, lookahead(current, queries), strict=True):
+    for (n, query), answer in zip(queries, Lookahead.solve(current, queries), strict=True):
         rows = current.sequences[n]
         assert answer.forwards == 3 and answer.rows_forward == 3 * len(rows.tokens)
         assert answer.backwards == answer.rows_backward == 0
@@ -118,9 +121,7 @@ def again(model, current):
     read_statistics(
         log_probs, RowWrites(temperature=np.zeros(rows), uniform=np.full(rows, 0.5)), keep=True
     )
-    return DenoisingPass(
-        model=model, sequences=current.sequences, layout=layout, log_probs=log_probs, saved=saved
-    )
+    return dataclasses.replace(current, layout=layout, log_probs=log_probs, saved=saved)
 
 
 @pytest.mark.parametrize("row_budget, passes", [(8192, 1), (40, 3), (20, 6), (1, 9)])
@@ -132,13 +133,13 @@ def test_the_row_budget_splits_the_states_and_changes_nothing(networks, row_budg
     queries = asks_for(whole, soft=True, observe="block", sharpen=1.0)
     sizes = []
     run_model = model.run
-    want = lookahead(whole, queries)
+    want = Lookahead.solve(whole, queries)
     try:
         model.run = lambda x, layout, context=None: (
             sizes.append(len(x)),
             run_model(x, layout, context),
         )[1]
-        got = lookahead(split, queries)
+        got = Lookahead.solve(split, queries)
     finally:
         del model.run
     assert len(sizes) == passes and sum(sizes) == 87
@@ -151,10 +152,10 @@ def test_the_row_budget_splits_the_states_and_changes_nothing(networks, row_budg
 
 def test_a_carried_state_proposes_with_the_next_steps_numbers(networks):
     model, dense = networks
-    current = with_next_steps(make_pass(model, "none"), temperature=2.0, forbidden=True)
+    current = with_next_steps(make_pass(model, "none"), temperature=2.0, never=EOS)
     ((n, query), *_) = asks_for(current, soft=False, observe="block", sharpen=1.0)
     query = Lookahead(writes=query.writes, tokens=query.tokens, carry=True)
-    (answer,) = lookahead(current, [(n, query)])
+    (answer,) = Lookahead.solve(current, [(n, query)])
     rows = current.sequences[n]
     for k, prospect in enumerate(answer.value):
         p = dense_state(dense, rows, query.writes[k], query.tokens[k], 1.0)
@@ -164,6 +165,89 @@ def test_a_carried_state_proposes_with_the_next_steps_numbers(networks):
             u = randomness.uniforms(3, step=1, positions=np.array([position]), stream=0)[0]
             assert token == np.searchsorted(q.cumsum(), u * q.sum(), side="right")
         assert prospect.carry.proposal.tolist() == prospect.proposal.tolist()
+
+
+def neighbours(current):
+    """Sequences with two masks in a row: (sequence, its rows, index of the first of the two)."""
+    for s, rows in enumerate(current.sequences):
+        for gap in np.flatnonzero(np.diff(rows.logit_positions) == 1)[:1]:
+            yield s, rows, int(gap)
+
+
+def test_a_states_constraints_are_those_of_its_own_tokens(networks):
+    """A bad word of two tokens: what a state's write has begun, its neighbour may not complete."""
+    model, dense = networks
+    plain = with_next_steps(make_pass(model, "masked"))
+    found = list(neighbours(plain))
+    assert found
+    for s, rows, gap in found:
+        p = dense_state(dense, rows, np.array([gap]), np.array([4]), 1.0)
+        p = p[rows.logit_positions[gap + 1]]
+        follows = int(p[:MASK].argmax())
+        current = with_next_steps(make_pass(model, "masked"), bad_words=((4, follows),))
+        for token in (4, 5):
+            query = Lookahead(writes=(np.array([gap]),), tokens=(np.array([token]),), carry=True)
+            prospects = [Lookahead.solve(c, [(s, query)])[0].value[0] for c in (plain, current)]
+            if token == 5:  # begins no bad word
+                assert prospects[0].confidence[gap] == prospects[1].confidence[gap]
+                continue
+            assert prospects[0].proposal[gap] == follows
+            p[follows] = 0
+            assert prospects[1].proposal[gap] == p.argmax()
+            assert prospects[1].confidence[gap] == pytest.approx(p.max() / p.sum())
+
+
+def test_a_conditionals_constraints_are_those_of_what_is_supposed(networks):
+    model, _ = networks
+    plain = with_next_steps(make_pass(model, "masked"))
+    for s, _rows, gap in neighbours(plain):
+        query = Conditional(
+            written=np.array([gap]), tokens=np.array([4]), queried=np.array([gap + 1]),
+            temperature=0.0, uniform=np.full(1, 0.5),
+        )  # fmt: skip
+        free = Conditional.solve(plain, [(s, query)])[0].value.proposal[0]
+        current = with_next_steps(make_pass(model, "masked"), bad_words=((4, int(free)),))
+        assert Conditional.solve(current, [(s, query)])[0].value.proposal[0] != free
+
+
+# ---- two index spaces ----------------------------------------------------------------------------
+
+
+def test_a_carried_sequence_has_no_rows_although_a_copy_lies_at_its_number(networks):
+    """Sequence 1 was carried over; place 1 is the unconditional copy of sequence 0."""
+    model, dense = networks
+    plain = with_next_steps(make_pass(model, "masked"))
+    own, carried = plain.sequences[:2]
+    guides = [Guidance(scale=0.5, given=rows.tokens != MASK) for rows in (own, carried)]
+    packed, unconditional = with_unconditional([own], guides[:1], MASK)
+    layout = pack(packed, torch.device("cpu"))
+    hidden, saved = model.run(model.embed(layout.tokens), layout)
+    hidden = guided(hidden, layout, unconditional, guides)
+    current = dataclasses.replace(
+        plain, sequences=(own, carried), layout=layout, saved=saved, guides=tuple(guides),
+        unconditional=unconditional, next_steps=plain.next_steps[:2],
+        log_probs=plain.log_probs.of(hidden, np.zeros(len(hidden), bool)),
+    )  # fmt: skip
+    assert unconditional == {0: 1} and current.place(0) == 0
+    one, two, numbers = np.array([0]), np.array([0, 1]), np.full(1, 0.5)
+    queries = [
+        TokenImportance(candidates=one, objective=two, active=two, surrogate="kv"),
+        TokenImportance(candidates=one, objective=two, active=two, surrogate="inject"),
+        Conditional(written=one, tokens=one, queried=one + 1, temperature=0.0, uniform=numbers),
+        Coupling(pool=two, tokens=two, entropy=np.ones(2), estimator="pairs", measure="kl"),
+        Coupling(pool=two, tokens=two, entropy=np.ones(2), estimator="overlap", measure="kl"),
+        Likelihood(index=one, tokens=one),
+        PredictionChange(positions=carried.logit_positions),
+        Lookahead(writes=(one,), tokens=None),
+    ]
+    for query in queries:
+        with pytest.raises(ValueError, match=r"sequence 1, whose prediction was carried over"):
+            solve_together(current, {1: query})
+    # What needs no rows of the pass is answered: look-ahead that writes tokens.
+    (result,) = solve_together(
+        current, {1: Lookahead(writes=(one,), tokens=(np.array([4]),))}
+    ).values()
+    assert result.forwards == 2 and len(result.value) == 1
 
 
 # ---- whole requests on a network -----------------------------------------------------------------

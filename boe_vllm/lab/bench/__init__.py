@@ -8,8 +8,8 @@
     scaling      step time against requests, length and active rows
     memory       peak memory of the same steps
     overhead     the engine's share of a step beside the network
-    policies     every policy on every bundled task: solved share and cost
     fidelity     gain scores and couplings against their oracles
+    predict      what a step of each policy would take on a GPU, from counted passes
 
 `common` holds what they share (options, timing), `machine` what was measured on, `flops` what was
 computed, `checkpoint` the weights. `baseline` and `dense` are what people run today, written

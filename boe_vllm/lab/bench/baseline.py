@@ -25,7 +25,7 @@ from boe_vllm.models.llada import LLaDAConfig
 Tensor = torch.Tensor
 PREFIX = "model.transformer."
 GRID = 2.0**-16
-"""The grid of `policies.base.SCORE_GRID`."""
+"""Scores this close count as equal."""
 
 
 class PlainLLaDA:
@@ -198,7 +198,7 @@ def decode_all(
     Args:
         network: predicts every row.
         prompts: token ids of every request.
-        gen_lens: tokens that every request queries for.
+        gen_lens: tokens that every request asks for.
         block_length: tokens of a block.
         tokens_per_step: tokens committed per step.
         batch: requests of a batch.

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from boe_vllm.lab.bench.common import DTYPES, UsageError
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models import build
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.standalone import build
 from boe_vllm.models.weights import PREFIX
 
 Tensors = dict[str, torch.Tensor]
@@ -22,9 +22,10 @@ Tensors = dict[str, torch.Tensor]
 def read_config(args: argparse.Namespace) -> LLaDAConfig:
     """The checkpoint's config, or that of the random model that the options describe."""
     if args.model is not None:
-        if not (Path(args.model) / "config.json").is_file():
-            raise UsageError(f"--model: expected a folder with a config.json, got {args.model!r}")
-        return LLaDAConfig.from_pretrained(args.model)
+        try:
+            return build.read_config(args.model)
+        except ValueError as error:
+            raise UsageError(f"--model: {error}") from error
     if args.vocab < 8:
         raise UsageError(f"--vocab: expected at least 8, got {args.vocab}")
     return LLaDAConfig(
@@ -46,19 +47,15 @@ def read_tensors(args: argparse.Namespace, config: LLaDAConfig) -> Tensors:
     dtype = DTYPES[args.dtype]
     if args.model is None:
         return {name: x.to(dtype) for name, x in _random_tensors(config, args.seed)}
-    tensors: Tensors = {}
-    for file in sorted(Path(args.model).glob("*.safetensors")):
-        tensors |= {name: x.to(dtype) for name, x in load_file(file).items()}
-    if not tensors:
-        raise UsageError(f"--model: expected *.safetensors in {args.model!r}, got none")
-    return tensors
+    try:
+        return {name: x.to(dtype) for name, x in build.read_tensors(args.model)}
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from error
 
 
-def load_model(
-    args: argparse.Namespace, config: LLaDAConfig, tensors: Tensors
-) -> LLaDAForDiffusion:
+def load_model(args: argparse.Namespace, config: LLaDAConfig, tensors: Tensors) -> Decoder:
     """Our network with these weights, outside an engine."""
-    model = build(config, dtype=DTYPES[args.dtype], device=args.device)
+    model = build.empty_model(config, dtype=DTYPES[args.dtype], device=args.device)
     model.load_weights(tensors.items())
     return model
 

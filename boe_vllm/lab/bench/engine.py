@@ -21,14 +21,14 @@ class Workload:
     prompts: list[list[int]]
     """Token ids."""
     gen_lens: list[int]
-    """Tokens that each queries for; nothing ends earlier."""
+    """Tokens that each asks for; nothing ends earlier."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def generated(self) -> int:
-        """Tokens that all requests query for together."""
+        """Tokens that all requests ask for together."""
         return sum(self.gen_lens)
 
 

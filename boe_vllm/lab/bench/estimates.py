@@ -15,9 +15,10 @@ from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.bench.decoded import DecodedState, pass_over
 from boe_vllm.lab.bench.ranks import share_of_gain, spearman
 from boe_vllm.policies.base import top
-from boe_vllm.steering.answers import answer
-from boe_vllm.steering.queries import Coupling, Lookahead, Query, TokenImportance
-from boe_vllm.steering.step import DenoisingPass, QueryResult
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.lookahead import Lookahead
+from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
 LOOKAHEAD = "lookahead"
 GAINS: dict[str, dict[str, Any]] = {
@@ -50,12 +51,11 @@ class Fidelity:
 
 
 def step_fields(name: str, *, rho: float) -> dict[str, Any]:
-    """A step that uses an estimate, as a request would query for it."""
+    """A step that uses an estimate, as a request would ask for it."""
     if name == LOOKAHEAD:
         return {"policy": "lookahead", "rho": rho}
     if name in COUPLINGS:
-        settings = {"preset": "pairwise", "coupling": name, "coupling_measure": "kl", "pool": 2.0}
-        return {"policy": "boe", **settings}
+        return {"policy": "pairwise", "coupling": name, "coupling_measure": "kl"}
     return {"policy": "boe", "preset": "kv", "rho": rho, **GAINS[name]}
 
 
@@ -139,7 +139,7 @@ def _importance(
 
 
 def _answers(current: DenoisingPass, queries: Sequence[Query]) -> list[QueryResult]:
-    given = answer(current, dict(enumerate(queries)))
+    given = solve_together(current, dict(enumerate(queries)))
     return [given[n] for n in range(len(queries))]
 
 

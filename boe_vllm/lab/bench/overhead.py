@@ -26,7 +26,7 @@ from boe_vllm.lab.bench.machine import Environment, print_facts
 MODEL_PASSES = ("embed", "run", "backward", "logits", "logits_backward", "soft_embed")
 FUNCTIONS = (
     ("boe_vllm.decoding.loop", "read_statistics"),
-    ("boe_vllm.steering.surrogate", "run_partial"),
+    ("boe_vllm.steering.hypothetical", "run_partial"),
 )
 """Further calls that count as the network's, where they are looked up."""
 POLICIES: dict[str, dict[str, Any]] = {

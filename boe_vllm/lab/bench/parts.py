@@ -13,22 +13,23 @@ from typing import Any
 from unittest import mock
 
 from boe_vllm.lab.bench import common
-from boe_vllm.models import decoder as llada
+from boe_vllm.models import block
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.steering import importance
 
 Watched = tuple[str, Any, str]
 
 FUNCTIONS: tuple[Watched, ...] = (
-    ("layers forward", llada.LLaDAForDiffusion, "run"),
-    ("logits", llada.LLaDAForDiffusion, "logits"),
+    ("layers forward", Decoder, "run"),
+    ("logits", Decoder, "logits"),
     ("soft writes", importance, "_soft_writes"),
-    ("  of it, product with the vocabulary", llada.LLaDAForDiffusion, "soft_embed"),
+    ("  of it, product with the vocabulary", Decoder, "soft_embed"),
     ("gradient of the entropies", importance, "_objective_gradient"),
-    ("  of it, product with the vocabulary", llada.LLaDAForDiffusion, "logits_backward"),
-    ("layers backward", llada.LLaDAForDiffusion, "backward"),
-    ("  of it, attention", llada, "attention_backward"),
-    ("  of it, SwiGLU", llada, "swiglu_backward"),
-    ("  of it, normalisation", llada, "rms_norm_backward"),
+    ("  of it, product with the vocabulary", Decoder, "logits_backward"),
+    ("layers backward", Decoder, "backward"),
+    ("  of it, attention", block, "attention_backward"),
+    ("  of it, SwiGLU", block, "swiglu_backward"),
+    ("  of it, normalisation", block, "rms_norm_backward"),
 )
 """Name in the table, where the function is found, and its name there."""
 STEP = "whole step"

@@ -20,7 +20,7 @@ from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
-from boe_vllm.models.decoder import LLaDAForDiffusion
+from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
@@ -73,7 +73,7 @@ def draw_state(
     return State(tokens=tokens, masked=positions)
 
 
-def open_loop(args: argparse.Namespace, model: LLaDAForDiffusion) -> DenoisingLoop:
+def open_loop(args: argparse.Namespace, model: Decoder) -> DenoisingLoop:
     """A loop over the model, without requests."""
     config = model.config
     return DenoisingLoop(
@@ -90,9 +90,15 @@ def clear(loop: DenoisingLoop) -> None:
 
 
 def open_request(
-    loop: DenoisingLoop, number: int, prompt: list[int], config: SamplerConfig, *, canvas: int
+    loop: DenoisingLoop,
+    number: int,
+    prompt: list[int],
+    config: SamplerConfig,
+    *,
+    canvas: int,
+    temperature: float = 0.0,
 ) -> None:
-    """Put a request into the loop: greedy, with its number for name and seed.
+    """Put a request into the loop, with its number for name and seed.
 
     Args:
         loop: where to.
@@ -100,10 +106,11 @@ def open_request(
         prompt: token ids.
         config: its settings.
         canvas: tokens of its canvas.
+        temperature: of its draws; 0 is greedy.
     """
     length = len(prompt) + canvas
     plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=canvas, max_model_len=length)
-    params = ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=number)
+    params = ResolvedRequest(config=config, plan=plan, temperature=temperature, seed=number)
     loop.add(str(number), prompt, params)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from boe_vllm import TINY
-from boe_vllm.lab.eval.presets import PRESETS, Preset
+from boe_vllm.lab.eval.presets import CONTEST, Preset, preset_named
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.variants import Variant, parse, parse_fields
 from boe_vllm.lab.tasks import FILE_TASKS, TASKS
@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
         description="Score policies on tasks with one engine; a run that was killed continues.",
         epilog=f"Tasks: {', '.join(TASKS)}; from files in --data: {', '.join(FILE_TASKS)}.",
     )
+    _add_what(made)
+    _add_presets(made)
+    _add_files_and_ways(made)
+    return made
+
+
+def _add_what(made: argparse.ArgumentParser) -> None:
     what = made.add_argument_group("what is run")
     what.add_argument("--model", default=TINY, help="path or name; tiny is the bundled one")
     what.add_argument("--tasks", metavar="A,B,...", help="see below")
@@ -46,11 +53,32 @@ def parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="a request field of every cell, such as confidence_eos_eot_inf=true; repeatable",
     )
+
+
+def _add_presets(made: argparse.ArgumentParser) -> None:
     preset = made.add_mutually_exclusive_group()
     preset.add_argument("--table", choices=["2", "4", "5"], help="of the paper")
     preset.add_argument("--figure", choices=["4"], help="of the paper")
+    preset.add_argument(
+        "--contest",
+        action="store_true",
+        help="every policy on every bundled task at 1, 2, 4 and 8 tokens a step, boe paired",
+    )
+    pairs = made.add_argument_group("what is compared item by item")
+    pairs.add_argument("--paired", metavar="A", help="a policy of --policies")
+    pairs.add_argument("--against", metavar="B,...", help="its rivals (default: all others)")
+
+
+def _add_files_and_ways(made: argparse.ArgumentParser) -> None:
     files = made.add_argument_group("files")
-    files.add_argument("--out", type=Path, required=True, metavar="DIR")
+    files.add_argument("--out", type=Path, metavar="DIR", help="every item; needed without --cells")
+    files.add_argument(
+        "--cells",
+        type=Path,
+        metavar="FILE",
+        help="finished cells, one line each: those that it has are not run again, others are added",
+    )
+    files.add_argument("--no-run", action="store_true", help="sum up what is there, run nothing")
     files.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmark files")
     files.add_argument("--frequencies", type=Path, metavar="FILE", help="token table, for pc")
     files.add_argument("--scorer", metavar="PATH", help="causal language model, for --table 4")
@@ -62,9 +90,14 @@ def parser() -> argparse.ArgumentParser:
         help="one cell after the other: their times are measured, not shared out",
     )
     how.add_argument(
+        "--whole-canvas", action="store_true", help="end no canvas at EOS or a stop string"
+    )
+    how.add_argument(
+        "--in-process", action="store_true", help="decode in this process, without vLLM"
+    )
+    how.add_argument(
         "--engine-args", default="{}", metavar="JSON", help="vLLM's, such as tensor_parallel_size"
     )
-    return made
 
 
 def read(args: argparse.Namespace) -> Settings:
@@ -73,37 +106,20 @@ def read(args: argparse.Namespace) -> Settings:
     Raises:
         ValueError: naming the option, what was expected and what came.
     """
-    table = f"table {args.table}" if args.table else f"figure {args.figure}" * bool(args.figure)
-    preset = PRESETS[table] if table else None
+    table = _table(args)
+    preset = preset_named(table) if table else None
     tiny = args.model == TINY
-    if args.tasks is None and preset is None:
-        raise ValueError(
-            "--tasks: expected task names, got none; name some, or --table or --figure"
-        )
-    if args.model[:1] in ("/", ".", "~") and not Path(args.model).expanduser().is_dir():
-        raise ValueError(
-            f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
-        )
-    if table == "table 4" and args.scorer is None:
-        raise ValueError(
-            "--scorer: expected the path of a causal language model for --table 4, got none; "
-            "name one, such as the folder of gpt2-large"
-        )
+    _check(args, preset, table)
     lengths = _integers("--gen-length", args.gen_length)
     if lengths is None and preset is not None and not tiny:
         lengths = preset.gen_lengths
     rates = _integers("--tokens-per-step", args.tokens_per_step)
-    for option, value, least in (
-        ("--limit", args.limit, 1),
-        ("--block-length", args.block_length, 1),
-        ("--temperature", args.temperature, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{option}: expected at least {least}, got {value}; change it")
+    variants = _variants(args.policies, preset)
+    paired, against = _pairs(args, preset, [variant.label for variant in variants])
     return Settings(
         model=args.model,
         tasks=_tasks(args.tasks, preset, tiny),
-        variants=_variants(args.policies, preset),
+        variants=variants,
         gen_lengths=lengths,
         tokens_per_step=rates or (preset.tokens_per_step if preset else (1,)),
         block_length=args.block_length,
@@ -116,10 +132,71 @@ def read(args: argparse.Namespace) -> Settings:
         data=args.data,
         frequencies=args.frequencies,
         engine_args=_mapping("--engine-args", args.engine_args),
-        table=table or None,
+        table=table,
         scorer=args.scorer,
         one_by_one=args.one_by_one or bool(preset and preset.one_by_one),
+        whole_canvas=args.whole_canvas or bool(preset and preset.whole_canvas),
+        paired=paired,
+        against=against,
     )
+
+
+def _table(args: argparse.Namespace) -> str | None:
+    if args.contest:
+        return CONTEST
+    if args.table:
+        return f"table {args.table}"
+    return f"figure {args.figure}" if args.figure else None
+
+
+def _check(args: argparse.Namespace, preset: Preset | None, table: str | None) -> None:
+    """What can be said about the arguments one by one."""
+    if args.out is None and args.cells is None:
+        raise ValueError("--out: expected a folder, or --cells FILE, got neither; name one")
+    if args.tasks is None and preset is None:
+        raise ValueError(
+            "--tasks: expected task names, got none; name some, or --table, --figure or --contest"
+        )
+    if args.model[:1] in ("/", ".", "~") and not Path(args.model).expanduser().is_dir():
+        raise ValueError(
+            f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
+        )
+    if table == "table 4" and args.scorer is None:
+        raise ValueError(
+            "--scorer: expected the path of a causal language model for --table 4, got none; "
+            "name one, such as the folder of gpt2-large"
+        )
+    for option, value, least in (
+        ("--limit", args.limit, 1),
+        ("--block-length", args.block_length, 1),
+        ("--temperature", args.temperature, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option}: expected at least {least}, got {value}; change it")
+
+
+def _pairs(
+    args: argparse.Namespace, preset: Preset | None, labels: list[str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """The policy that is compared item by item, and its rivals; a preset's if they are run."""
+    if args.paired is None and args.against is not None:
+        raise ValueError("--against: expected --paired beside it, got none; name the policy")
+    paired = args.paired or (preset.paired if preset and preset.paired in labels else None)
+    if paired is None:
+        return None, ()
+    if args.against is not None:
+        against = _names("--against", args.against)
+    elif args.paired is None and preset is not None:
+        against = tuple(label for label in preset.against if label in labels)
+    else:
+        against = tuple(label for label in labels if label != paired)
+    for option, label in [("--paired", paired), *(("--against", label) for label in against)]:
+        if label not in labels:
+            raise ValueError(
+                f"{option}: expected one of the policies that are run ({', '.join(labels)}), got "
+                f"{label!r}; add it to --policies"
+            )
+    return paired, against
 
 
 def _tasks(text: str | None, preset: Preset | None, tiny: bool) -> tuple[str, ...]:

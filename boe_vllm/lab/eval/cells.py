@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from boe_vllm.lab.eval.presets import published_fields
+from boe_vllm.lab.eval.presets import OWN_RATE, preset_named, published_fields
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
@@ -54,19 +54,20 @@ class Job:
 
 
 def make_cells(settings: Settings, tasks: dict[str, Task]) -> list[Cell]:
-    """All cells of a run, in the order of the tables.
+    """All cells of a run, in the order of the tables; policies that decide themselves how many
+    tokens they write have one cell, whatever the rates.
 
     Raises:
         ValueError: for an unknown policy or field, by name, or two cells of the same name.
     """
-    server = {} if settings.frequencies is None else {"frequencies": str(settings.frequencies)}
-    base = parse_sampler_config(server)
+    base = settings.server
     cells = [
         _make_cell(settings, base, task, variant.label, variant.fields, length, rate)
         for task in tasks.values()
         for length in settings.gen_lengths or (task.gen_length,)
         for rate in settings.tokens_per_step
         for variant in settings.variants
+        if rate == settings.tokens_per_step[0] or variant.fields["policy"] not in OWN_RATE
     ]
     seen: set[str] = set()
     for cell in cells:
@@ -89,7 +90,8 @@ def _make_cell(
     if block is None:
         block = task.block_length if length == task.gen_length else min(DEFAULT_BLOCK, length)
     fields = {"block_length": block, "tokens_per_step": rate} | settings.fields
-    fields |= published_fields(task.name, own) if settings.table else own
+    published = settings.table is not None and preset_named(settings.table).published
+    fields |= published_fields(task.name, own) if published else own
     if settings.trace:
         fields["trace"] = True
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from boe_vllm.lab.eval.answers import Answer, cut_at_end, cut_at_stops
 from boe_vllm.lab.eval.cells import Job
 from boe_vllm.lab.eval.prompts import Prompts
 from boe_vllm.lab.eval.settings import Settings
@@ -23,21 +23,6 @@ from boe_vllm.lab.tasks import Task
 
 # Requests that vLLM holds at least, running or waiting: a slot is never empty.
 IN_FLIGHT = 1024
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What came of one job."""
-
-    job: Job
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    report: dict[str, Any]
-    """The request's own costs, and its trace if asked for."""
-    scheduled: float
-    finished: float
-    """Seconds, on the engine's clock."""
 
 
 class Engine:
@@ -76,27 +61,35 @@ class Engine:
                 return
             for output in engine.step():
                 if output.finished:
-                    yield _answer(held.pop(output.request_id), output)
+                    yield self._answer(held.pop(output.request_id), output)
 
     def _parameters(self, job: Job) -> SamplingParams:
+        whole = self._settings.whole_canvas
+        stops = () if whole else self._tasks[job.cell.task].stop
         return SamplingParams(
             temperature=self._settings.temperature,
             max_tokens=job.cell.gen_length,
             seed=job.seed,
-            stop=list(self._tasks[job.cell.task].stop) or None,
+            stop=list(stops) or None,
+            ignore_eos=whole,
             extra_args=dict(job.cell.fields),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-
-def _answer(job: Job, output: Any) -> Answer:
-    (completion,) = output.outputs
-    return Answer(
-        job=job,
-        text=completion.text,
-        token_ids=list(completion.token_ids),
-        finish_reason=completion.finish_reason,
-        report=dict(output.kv_transfer_params["boe"]),
-        scheduled=output.metrics.scheduled_ts,
-        finished=output.metrics.last_token_ts,
-    )
+    def _answer(self, job: Job, output: Any) -> Answer:
+        (completion,) = output.outputs
+        tokens, text = list(completion.token_ids), completion.text
+        if self._settings.whole_canvas:
+            tokenizer = self._llm.get_tokenizer()
+            shown = cut_at_end(tokens, tokenizer.eos_token_id)
+            text = tokenizer.decode(shown, skip_special_tokens=True)
+            text = cut_at_stops(text, self._tasks[job.cell.task].stop)
+        return Answer(
+            job=job,
+            text=text,
+            token_ids=tokens,
+            finish_reason=completion.finish_reason,
+            report=dict(output.kv_transfer_params["boe"]),
+            scheduled=output.metrics.scheduled_ts,
+            finished=output.metrics.last_token_ts,
+        )

@@ -1,4 +1,5 @@
-"""The paper's tables and figure (TABES, arXiv 2602.00250) as arguments of `boe-vllm eval`."""
+"""The paper's tables and figure (TABES, arXiv 2602.00250), and the contest of all policies, as
+arguments of `boe-vllm eval`."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import dataclasses
 from typing import Any
 
 from boe_vllm.lab.eval.variants import Variant, parse
+from boe_vllm.lab.tasks import TASKS
 
 BENCHMARKS = ("mbpp", "humaneval", "gsm8k", "math500", "countdown-file", "sudoku-file")
 PUZZLES = ("sudoku4", "sudoku6", "sudoku6-few", "countdown", "addition")
 PAPER = "boe:preset=paper"
-JOINT = "boe:preset=joint"
+JOINT = "joint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,11 @@ class Preset:
     temperature: float = 0.0
     one_by_one: bool = False
     """Cells run one after the other, where their wall time is a column."""
+    published: bool = True
+    """Policies take the settings that their authors publish for a task, instead of defaults."""
+    whole_canvas: bool = False
+    paired: str | None = None
+    against: tuple[str, ...] = ()
 
 
 def _variants(*texts: str) -> tuple[Variant, ...]:
@@ -84,6 +91,49 @@ PRESETS = {
         tokens_per_step=(1, 2, 4, 8),
     ),
 }
+
+OWN_RATE = frozenset({"eb", "threshold", "factor", "klass"})
+"""Policies that decide themselves how many tokens they write in a step."""
+
+CONTEST = "contest"
+RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "joint", "pairwise exact")
+
+
+def contestants() -> dict[str, dict[str, Any]]:
+    """Label -> fields: every bundled policy with its defaults, then every preset of a policy."""
+    from boe_vllm.request.reference import policy_entries
+
+    entries = policy_entries(bundled=True)
+    plain = {entry.name: {"policy": entry.name} for entry in entries}
+    presets = {
+        f"{entry.name} {preset}": {"policy": entry.name, "preset": preset}
+        for entry in entries
+        for preset in entry.presets
+    }
+    return plain | presets
+
+
+def contest() -> Preset:
+    """Every policy on every bundled task, on equal terms, and `boe` against its rivals."""
+    return Preset(
+        title="Policies on the bundled tasks",
+        tasks=tuple(TASKS),
+        bundled=tuple(TASKS),
+        variants=tuple(Variant(label=k, fields=v) for k, v in contestants().items()),
+        gen_lengths=(128,),
+        tokens_per_step=(1, 2, 4, 8),
+        one_by_one=True,
+        published=False,
+        whole_canvas=True,
+        paired="boe",
+        against=RIVALS,
+    )
+
+
+def preset_named(name: str) -> Preset:
+    """A preset by the name that settings have it under."""
+    return contest() if name == CONTEST else PRESETS[name]
+
 
 # What PC-Sampler's authors set by task (their scripts): lambda.
 PC_LAMBDA = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
-from boe_vllm.lab.eval import costs, tables
+from boe_vllm.lab.eval import costs, pairs, tables
+from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.cells import Cell
 from boe_vllm.lab.eval.ledger import Ledger
-from boe_vllm.lab.eval.presets import PRESETS
+from boe_vllm.lab.eval.presets import preset_named
 from boe_vllm.lab.eval.settings import Settings, versions
 from boe_vllm.lab.tasks import FileTask, Item, Task
 
@@ -19,9 +21,16 @@ VIEWS = {
 }
 NOTES = (
     "Score: share of answers that are right, with the Wilson 95 % interval. Steps, forwards and "
-    "backwards are means per item; a forward is one evaluation of the network (NFE). Engine s: "
-    "time of the engine; cells that ran together share it in proportion to the rows that they put "
-    "through the network.\n"
+    "backwards are means per item; a forward is one evaluation of the network (NFE). Passes are "
+    "forwards and backwards together, rows those of all passes: a pass over few rows counts as one "
+    "pass, and as few rows. Engine s: time of the engine; cells that ran together share it in "
+    'proportion to the rows that they put through the network. Tokens/step "own": the policy '
+    "decides.\n"
+)
+PAIRS = (
+    "Wins and losses: items that the first policy solves and the rival does not, and the other way "
+    "round. p: exact McNemar test, two-sided, not corrected for several comparisons. Ratios: of "
+    "the first policy's rows and passes over the rival's.\n"
 )
 
 
@@ -32,12 +41,21 @@ def write(
     cells: list[Cell],
     ledger: Ledger,
     command: str,
+    finished: Mapping[str, FinishedCell] | None = None,
 ) -> str:
-    """Write the files; returns the text of `tables.md`."""
+    """Write the files; returns the text of `tables.md`.
+
+    Args:
+        settings, tasks, items, cells: of the run; only cells of which something is known.
+        ledger: what this run has decoded.
+        command: the command line, to be shown.
+        finished: by key, the cells that were known before.
+    """
     judged = {name: task.judged for name, task in tasks.items()}
-    rows = tables.summarise(cells, ledger.records, judged)
+    rows = tables.summarise(cells, ledger.records, judged, finished)
     (ledger.folder / "cells.csv").write_text(tables.to_csv(rows), encoding="utf-8")
-    parts = [f"# {PRESETS[settings.table].title if settings.table else 'Evaluation'}\n"]
+    title = preset_named(settings.table).title if settings.table else "Evaluation"
+    parts = [f"# {title}\n"]
     parts.append(f"    {command}\n")
     if settings.table in VIEWS:
         parts.append(VIEWS[settings.table](rows))
@@ -45,26 +63,58 @@ def write(
         quality = _quality(settings, items, cells, ledger)
         (ledger.folder / "quality.csv").write_text(tables.to_csv(quality), encoding="utf-8")
         parts.append(tables.to_markdown(quality))
-    parts += ["## Cells\n", tables.overview(rows), NOTES, _facts(settings, tasks, ledger)]
+    if settings.paired is not None:
+        outcomes = _outcomes(cells, items, ledger, finished or {})
+        compared = pairs.compare(cells, rows, outcomes, settings.paired, settings.against)
+        if compared:
+            (ledger.folder / "pairs.csv").write_text(tables.to_csv(compared), encoding="utf-8")
+            parts.append(f"## {settings.paired} against its rivals, item by item\n")
+            parts += [tables.to_markdown(compared), PAIRS]
+    parts += ["## Cells\n", tables.overview(rows), NOTES]
+    parts.append(_facts(settings, tasks, ledger, len(finished or {})))
     text = "\n".join(parts)
     (ledger.folder / "tables.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _facts(settings: Settings, tasks: dict[str, Task], ledger: Ledger) -> str:
+def _outcomes(
+    cells: list[Cell],
+    items: dict[str, list[Item]],
+    ledger: Ledger,
+    finished: Mapping[str, FinishedCell],
+) -> dict[str, list[bool]]:
+    """Key of a cell -> per item, whether its answer is right; of cells without a gap."""
+    outcomes = {key: cell.valid for key, cell in finished.items()}
+    for cell in cells:
+        keys = [(cell.key, index) for index in range(len(items[cell.task]))]
+        if all(key in ledger.records for key in keys):
+            outcomes[cell.key] = [ledger.records[key]["valid"] for key in keys]
+    return outcomes
+
+
+def _facts(settings: Settings, tasks: dict[str, Task], ledger: Ledger, known: int) -> str:
     seconds = costs.busy_seconds(ledger.records.values())
     tokens = sum(record["tokens"] for record in ledger.records.values())
     lines = [
         f"model {settings.model}, seed {settings.seed}, temperature {settings.temperature:g}, "
         f"{'chat template' if settings.chat else 'plain prompts'}",
-        f"{len(ledger.records)} items, {tokens} tokens in {seconds:.1f} s of engine time"
-        + (f" ({tokens / seconds:.1f} tokens/s)" if seconds else ""),
+        *_work(len(ledger.records), tokens, seconds),
         "cells one by one" if settings.one_by_one else "all cells in flight together",
+        *([f"{known} cells of earlier runs"] if known else []),
         ", ".join(f"{name} {release}" for name, release in versions().items())
         + f", Python {platform.python_version()}, {platform.machine()}",
     ]
     lines += [f"prompt of {n}: {t.source}" for n, t in tasks.items() if isinstance(t, FileTask)]
     return "".join(f"- {line}\n" for line in lines)
+
+
+def _work(items: int, tokens: int, seconds: float) -> list[str]:
+    if not seconds:
+        return []
+    speed = tokens / seconds
+    return [
+        f"{items} items, {tokens} tokens in {seconds:.1f} s of engine time ({speed:.1f} tokens/s)"
+    ]
 
 
 def _quality(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from boe_vllm import TINY
-from boe_vllm.lab.eval import arguments, report
-from boe_vllm.lab.eval.cells import Cell, Job, make_cells, make_jobs
-from boe_vllm.lab.eval.ledger import Ledger, Record
-from boe_vllm.lab.eval.prompts import Prompts
+from boe_vllm.lab.eval import arguments
+from boe_vllm.lab.eval.answers import Backend
+from boe_vllm.lab.eval.cell_file import CellFile
 from boe_vllm.lab.eval.settings import Settings
-from boe_vllm.lab.tasks import TASKS, FileTask, Item, Score, Task, open_task
+from boe_vllm.lab.eval.sweep import Sweep
+from boe_vllm.lab.tasks import TASKS, Task
 
-if TYPE_CHECKING:
-    from boe_vllm.lab.eval.engine import Answer
-
-GENERATED_ITEMS = 500
 FREQUENCY_ITEMS = 200  # per task, of the bundled checkpoint's table
 
 
@@ -30,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments.parser().parse_args(argv)
     try:
+        settings = arguments.read(args)
         with tempfile.TemporaryDirectory(prefix="boe-vllm-") as folder:
-            settings = _with_frequencies(arguments.read(args), Path(folder))
-            evaluate(settings, args.out, arguments.command_line(argv))
+            settings = _with_frequencies(settings, Path(folder))
+            out = args.out or Path(folder) / "run"
+            evaluate(settings, args, out, arguments.command_line(argv))
     except ValueError as error:
         print(f"boe-vllm eval: {error}", file=sys.stderr)
         return 2
@@ -42,106 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate(settings: Settings, out: Path, command: str) -> None:
+def evaluate(settings: Settings, args: argparse.Namespace, out: Path, command: str) -> None:
     """One run, from wherever an earlier one stopped.
 
+    Args:
+        settings: what is run.
+        args: how: `cells`, `no_run` and `in_process` of the command line.
+        out: folder of the run.
+        command: the command line, to be shown.
+
     Raises:
-        ValueError: for anything wrong with the arguments or the files, before the engine starts.
+        ValueError: for anything wrong with the arguments or the files, before anything is decoded.
     """
-    tasks = {name: open_task(name, settings.data) for name in settings.tasks}
-    for task in tasks.values():
-        task.require()
-    items = {
-        name: task.items(_limit(task, settings.limit), seed=settings.seed)
-        for name, task in tasks.items()
-    }
-    cells = make_cells(settings, tasks)
-    files = {name: task.path for name, task in tasks.items() if isinstance(task, FileTask)}
-    ledger = Ledger(out, settings.identity(files))
-    try:
-        _decode(settings, tasks, items, cells, ledger)
-        ledger.finish((cell.key, n) for cell in cells for n in range(len(items[cell.task])))
-        print(report.write(settings, tasks, items, cells, ledger, command))
-    finally:
-        ledger.close()
+    sweep = Sweep(settings, CellFile(args.cells))
+    with contextlib.closing(sweep.open(out)) as ledger:
+        jobs = [] if args.no_run else sweep.jobs(ledger)
+        if jobs:
+            sweep.decode(jobs, ledger, _backend(settings, sweep.tasks, args.in_process))
+        print(sweep.write(ledger, command))
 
 
-def _decode(
-    settings: Settings,
-    tasks: dict[str, Task],
-    items: dict[str, list[Item]],
-    cells: list[Cell],
-    ledger: Ledger,
-) -> None:
-    """Whatever the ledger does not have yet."""
-    jobs = list(make_jobs(cells, items, settings.seed, set(ledger.records)))
-    if not jobs:
-        return
-    prompts = Prompts(settings, tasks)
-    # Imported only now: vLLM takes seconds, and a wrong argument should be told before.
-    from tqdm import tqdm
+def _backend(settings: Settings, tasks: dict[str, Task], in_process: bool) -> Backend:
+    """What decodes; imported only now: vLLM takes seconds, and a wrong argument is told before."""
+    if in_process:
+        from boe_vllm.lab.eval.in_process import InProcess
 
+        return InProcess(settings, tasks)
     from boe_vllm.lab.eval.engine import Engine
-    from boe_vllm.lab.eval.scoring import Scorer
 
-    session = 1 + max((r["times"]["session"] for r in ledger.records.values()), default=0)
-    engine, scorer = Engine(settings, tasks), Scorer(tasks)
-    total = len(jobs) + len(ledger.records)
-    bar = tqdm(total=total, initial=len(ledger.records), unit="item", smoothing=0.05)
-
-    def note(answer: Answer, score: Score) -> None:
-        ledger.append(_record(answer, score, settings, session))
-        bar.update()
-
-    try:
-        for batch in batches(settings, cells, jobs):
-            for answer in engine.run(batch, prompts):
-                for judged in scorer.submit(answer):
-                    note(*judged)
-        for judged in scorer.rest():
-            note(*judged)
-    finally:
-        scorer.close()
-        bar.close()
-
-
-def batches(settings: Settings, cells: list[Cell], jobs: list[Job]) -> list[list[Job]]:
-    """What is in flight together: everything, or cell by cell."""
-    if not settings.one_by_one:
-        return [jobs]
-    parts: dict[str, list[Job]] = {cell.key: [] for cell in cells}
-    for job in jobs:
-        parts[job.cell.key].append(job)
-    return [part for part in parts.values() if part]
-
-
-def _record(answer: Answer, score: Score, settings: Settings, session: int) -> Record:
-    """One line of the ledger; all but `times` depends on the run's arguments alone."""
-    job, report_ = answer.job, dict(answer.report)
-    trace = report_.pop("trace", None)
-    record: Record = {
-        "cell": job.cell.key,
-        "index": job.index,
-        **dataclasses.asdict(score),
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "tokens": len(answer.token_ids),
-        **report_,
-    }
-    if settings.scorer is not None:
-        record["token_ids"] = answer.token_ids
-    if trace is not None:
-        record |= {"prompt": job.item.prompt, "answer": job.item.answer, "trace": trace}
-    record["times"] = {
-        "session": session,
-        "scheduled": round(answer.scheduled, 6),
-        "finished": round(answer.finished, 6),
-    }
-    return record
-
-
-def _limit(task: Task, limit: int | None) -> int | None:
-    return limit if limit is not None or isinstance(task, FileTask) else GENERATED_ITEMS
+    return Engine(settings, tasks)
 
 
 def _with_frequencies(settings: Settings, folder: Path) -> Settings:

@@ -11,6 +11,7 @@ from typing import Any
 
 import boe_vllm
 from boe_vllm.lab.eval.variants import Variant
+from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 
 SMALL = 256 << 20  # bytes; larger files are told apart by their sizes
 
@@ -42,16 +43,29 @@ class Settings:
     """Name of the preset, if any."""
     scorer: str | None
     one_by_one: bool
+    whole_canvas: bool
+    """Every canvas is decoded to its end, so that costs do not depend on where an answer ends."""
+    paired: str | None
+    """Label of the variant that is compared item by item, if any."""
+    against: tuple[str, ...]
+    """Labels of those that it is compared with."""
 
     @property
     def model_path(self) -> str:
         """What vLLM is given."""
         return boe_vllm.model_path(self.model)
 
+    @property
+    def server(self) -> SamplerConfig:
+        """The server's side of every request."""
+        if self.frequencies is None:
+            return parse_sampler_config({})
+        return parse_sampler_config({"frequencies": str(self.frequencies)})
+
     def identity(self, task_files: dict[str, Path]) -> dict[str, Any]:
         """Everything that the results depend on, JSON-ready."""
         own = dataclasses.asdict(self)
-        for name in ("data", "frequencies"):
+        for name in ("data", "frequencies", "paired", "against"):
             del own[name]
         own["checkpoint"] = checkpoint_digest(Path(self.model_path))
         own["files"] = {name: digest(path) for name, path in sorted(task_files.items())}

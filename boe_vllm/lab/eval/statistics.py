@@ -1,4 +1,4 @@
-"""Intervals of shares and means."""
+"""Intervals of shares, tests of pairs, and means."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     low = 0.0 if right == 0 else max(0.0, centre - half)
     high = 1.0 if right == n else min(1.0, centre + half)
     return low, high
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """Items that only the first solves, that only the second solves, and the exact two-sided p.
+
+    McNemar 1947, with the binomial distribution instead of its normal approximation.
+    """
+    pairs = list(zip(first, second, strict=True))
+    wins = sum(a and not b for a, b in pairs)
+    losses = sum(b and not a for a, b in pairs)
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return wins, losses, min(1.0, 2 * tail)
 
 
 def mean(values: Sequence[float]) -> float | None:

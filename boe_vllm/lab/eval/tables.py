@@ -9,29 +9,61 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from boe_vllm.lab.eval import costs
+from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.cells import Cell
+from boe_vllm.lab.eval.presets import OWN_RATE
 from boe_vllm.lab.eval.statistics import mean, wilson
 
 Row = dict[str, Any]
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-def summarise(cells: Sequence[Cell], records: Records, judged: Mapping[str, bool]) -> list[Row]:
+def summarise(
+    cells: Sequence[Cell],
+    records: Records,
+    judged: Mapping[str, bool],
+    finished: Mapping[str, FinishedCell] | None = None,
+) -> list[Row]:
     """One row per cell; shares in [0, 1], costs per item, time in seconds of the engine.
 
     Args:
         cells: in the order of the table.
         records: of finished items.
         judged: whether answers of a task can be right or wrong.
+        finished: cells by key that an earlier run has finished; of those there are no records.
     """
     by_cell: dict[str, list[Mapping[str, Any]]] = {cell.key: [] for cell in cells}
     for record in records.values():
         by_cell[record["cell"]].append(record)
     seconds = costs.engine_seconds(records.values())
+    finished = finished or {}
     return [
-        _row(cell, by_cell[cell.key], seconds.get(cell.key, 0.0), judged[cell.task])
+        _finished_row(cell, finished[cell.key])
+        if cell.key in finished
+        else _row(cell, by_cell[cell.key], seconds.get(cell.key, 0.0), judged[cell.task])
         for cell in cells
     ]
+
+
+def _finished_row(cell: Cell, own: FinishedCell) -> Row:
+    """A cell of another run: what its file does not say is left out."""
+    low, high = wilson(sum(own.valid), len(own.valid))
+    return _identity(cell, len(own.valid)) | {
+        "score": sum(own.valid) / len(own.valid),
+        "low": low,
+        "high": high,
+        "exact": None,
+        "cell_accuracy": None,
+        "steps": own.steps,
+        "forwards": own.forwards,
+        "backwards": own.backwards,
+        "passes": own.forwards + own.backwards,
+        "rows": own.rows,
+        "tokens": None,
+        "seconds": own.seconds,
+        "tokens_per_second": None,
+        **_settings(cell),
+    }
 
 
 def _row(cell: Cell, own: list[Mapping[str, Any]], seconds: float, judged: bool) -> Row:
@@ -43,13 +75,7 @@ def _row(cell: Cell, own: list[Mapping[str, Any]], seconds: float, judged: bool)
     def per_item(name: str) -> float | None:
         return mean([record[name] for record in own])
 
-    settings = {k: v for k, v in cell.fields.items() if k not in ("policy", "tokens_per_step")}
-    return {
-        "task": cell.task,
-        "policy": cell.label,
-        "gen_length": cell.gen_length,
-        "tokens_per_step": cell.tokens_per_step,
-        "n": len(own),
+    return _identity(cell, len(own)) | {
         "score": right / len(own) if own and judged else None,
         "low": low if judged else None,
         "high": high if judged else None,
@@ -58,10 +84,28 @@ def _row(cell: Cell, own: list[Mapping[str, Any]], seconds: float, judged: bool)
         "steps": per_item("denoising_steps"),
         "forwards": per_item("forwards"),
         "backwards": per_item("backwards"),
+        "passes": mean([r["forwards"] + r["backwards"] for r in own]),
         "rows": mean([r["rows_forward"] + r["rows_backward"] for r in own]),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
+        **_settings(cell),
+    }
+
+
+def _identity(cell: Cell, n: int) -> Row:
+    return {
+        "task": cell.task,
+        "policy": cell.label,
+        "gen_length": cell.gen_length,
+        "tokens_per_step": cell.tokens_per_step,
+        "n": n,
+    }
+
+
+def _settings(cell: Cell) -> Row:
+    settings = {k: v for k, v in cell.fields.items() if k not in ("policy", "tokens_per_step")}
+    return {
         "policy_name": cell.fields["policy"],
         "settings": json.dumps(settings, sort_keys=True),
     }
@@ -99,28 +143,30 @@ def percent(value: float | None) -> str:
 
 
 def overview(rows: Sequence[Row]) -> str:
-    """All cells, for people."""
-    return to_markdown(
-        [
-            {
-                "task": row["task"],
-                "policy": row["policy"],
-                "L": row["gen_length"],
-                "tokens/step": row["tokens_per_step"],
-                "n": row["n"],
-                "score %": percent(row["score"]),
-                "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
-                "exact %": percent(row["exact"]),
-                "cells %": percent(row["cell_accuracy"]),
-                "steps": row["steps"],
-                "forwards": row["forwards"],
-                "backwards": row["backwards"],
-                "engine s": row["seconds"],
-                "tokens/s": row["tokens_per_second"],
-            }
-            for row in rows
-        ]
-    )
+    """All cells, for people; without columns that no cell has."""
+    lines: list[Row] = [
+        {
+            "task": row["task"],
+            "policy": row["policy"],
+            "L": row["gen_length"],
+            "tokens/step": "own" if row["policy_name"] in OWN_RATE else row["tokens_per_step"],
+            "n": row["n"],
+            "score %": percent(row["score"]),
+            "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
+            "exact %": percent(row["exact"]),
+            "cells %": percent(row["cell_accuracy"]),
+            "steps": row["steps"],
+            "forwards": row["forwards"],
+            "backwards": row["backwards"],
+            "passes": row["passes"],
+            "rows": row["rows"],
+            "engine s": row["seconds"],
+            "tokens/s": row["tokens_per_second"],
+        }
+        for row in rows
+    ]
+    shown = [name for name in lines[0] if any(line[name] not in (None, "-") for line in lines)]
+    return to_markdown([{name: line[name] for name in shown} for line in lines])
 
 
 def methods_by_task(rows: Sequence[Row]) -> str:

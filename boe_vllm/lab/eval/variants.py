@@ -18,13 +18,16 @@ class Variant:
 
 
 def parse(text: str) -> Variant:
-    """`POLICY` or `POLICY:FIELD=VALUE:FIELD=VALUE`; values are JSON, or plain strings.
+    """`POLICY`, `POLICY PRESET` or `POLICY:FIELD=VALUE:FIELD=VALUE`; values are JSON, or plain
+    strings.
 
     Raises:
         ValueError: for a setting that is no `FIELD=VALUE`. Names are checked by `cells`.
     """
-    policy, *settings = text.split(":")
-    return Variant(label=text, fields={"policy": policy} | parse_fields(settings, "--policies"))
+    first, *settings = text.split(":")
+    policy, _, preset = first.partition(" ")
+    fields = {"policy": policy} | ({"preset": preset} if preset else {})
+    return Variant(label=text, fields=fields | parse_fields(settings, "--policies"))
 
 
 def parse_fields(settings: list[str], option: str) -> dict[str, Any]:

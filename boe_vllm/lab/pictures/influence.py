@@ -27,8 +27,7 @@ from boe_vllm.decoding.accounting import Account
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.policies.base import Needs, Policy, PolicyConfig
-from boe_vllm.steering.importance import token_importance
-from boe_vllm.steering.queries import TokenImportance
+from boe_vllm.steering.importance import TokenImportance
 
 Linearised = Literal["mask", "kv", "response"]
 
@@ -71,6 +70,6 @@ def influence(
             context="frozen",
             sharpen=1.0,
         )
-        (answer,) = token_importance(current, [(0, query)])
+        (answer,) = TokenImportance.solve(current, [(0, query)])
         changes[others, j] = -answer.value
     return changes

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from boe_vllm.decoding.canvas import Canvas
+from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.eval.cells import item_seed
-from boe_vllm.lab.pictures.denoiser import Denoiser
 from boe_vllm.lab.pictures.influence import Linearised, influence
 from boe_vllm.lab.pictures.trajectory import Recording, Step, Trajectory
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
+from boe_vllm.request.resolve import SamplingFields
+from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics
 
 REQUEST = "0"
 
@@ -65,11 +65,11 @@ class ObservedCanvas(Canvas):
         view: View,
         rows: slice,
         statistics: RowStatistics,
-        log_probs: LogProbabilities | None = None,
+        likelihoods: Mapping[int, TokenLikelihood] = MappingProxyType({}),
     ) -> None:
         """Write as ever; then note what was seen before and what was written."""
         masked, tokens = self.masked.copy(), self.tokens[self.prompt_len :].tolist()
-        super().apply(commit, view, rows, statistics, log_probs)
+        super().apply(commit, view, rows, statistics, likelihoods)
         own = statistics.part(slice(rows.start, rows.start + len(view.positions)))
         assert own.top_tokens is not None and own.top_logprobs is not None
         written = np.flatnonzero(masked & ~self.masked)
@@ -105,7 +105,6 @@ class Recorder:
         *,
         label: str,
         fields: Mapping[str, Any],
-        base: SamplerConfig | None = None,
         top: int = 5,
         surrogate: Linearised | None = None,
     ) -> None:
@@ -116,7 +115,6 @@ class Recorder:
             request: what is decoded.
             label: the policy's name in pictures.
             fields: the policy and its settings, as a request has them.
-            base: the server's settings, if any.
             top: most likely tokens that are noted per position.
             surrogate: where influences are linearised; None measures none: they cost a backward
                 per masked position and step.
@@ -124,37 +122,28 @@ class Recorder:
         Raises:
             ValueError: naming a field that does not fit, or a prompt that has masks in it.
         """
-        config = parse_sampler_config(fields, base=base or SamplerConfig())
         prompt = denoiser.encode(request.prompt)
-        own = denoiser.config
-        assert own.mask_token_id is not None and own.eos_token_id is not None
-        if own.mask_token_id in prompt:
-            raise ValueError(
-                "--prompt: expected text without the mask token, got one; leave it out"
-            )
-        plan = plan_canvas(
-            config,
-            prompt_len=len(prompt),
-            max_tokens=request.gen_length,
-            max_model_len=own.max_sequence_length,
-        )
         self.denoiser, self.request, self.label = denoiser, request, label
         self.steps: list[Step] = []
         self._surrogate = surrogate
-        rows = (len(prompt) + plan.gen_length) * (config.frame.cache != "none")
+        if denoiser.special.mask in prompt:
+            raise ValueError(
+                "--prompt: expected text without the mask token, got one; leave it out"
+            )
+        sampling = SamplingFields(
+            max_tokens=request.gen_length,
+            temperature=request.temperature,
+            seed=request.draws,
+            logprobs=top,
+        )
+        resolved = denoiser.resolve(prompt, sampling, fields)
+        rows = (len(prompt) + resolved.plan.gen_length) * (resolved.config.frame.cache != "none")
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
             prompt,
-            ResolvedRequest(
-                config=config,
-                plan=plan,
-                temperature=request.temperature,
-                seed=request.draws,
-                logprobs=True,
-                top_logprobs=min(top, own.vocab_size),
-            ),
+            resolved,
             special=self.loop.special,
-            vocab_size=own.vocab_size,
+            vocab_size=denoiser.model.vocab_size,
             pool=self.loop.pool,
         )
         self._sent: list[int] = []

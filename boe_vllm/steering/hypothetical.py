@@ -1,0 +1,210 @@
+"""Rows of hypothetical states: what a write would be, and a few rows run again as if it were made.
+
+Soft writes are expected embeddings. A partial pass runs some masked rows of a sequence again under
+supposed tokens, while all its other rows keep the keys and values that the step's own pass gave
+them; many suppositions about many sequences share one pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from boe_vllm.attention.overlay import Overlay, group_overlays, overlay_attention
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.functional import rms_norm
+from boe_vllm.models.rows import RowLayout
+from boe_vllm.models.saved import KeyValueContext, SavedPass
+from boe_vllm.sampling.log_probs import LogProbabilities
+from boe_vllm.steering.guidance import Place, combined
+from boe_vllm.steering.step import DenoisingPass
+
+Tensor = torch.Tensor
+
+
+def soft_writes(log_probs: LogProbabilities, rows_C: IntArray, sharpen_C: FloatArray) -> Tensor:
+    """[C, D] expected embeddings `E^T pi` of the rows (eq. 10); no gradient passes (eq. 29).
+
+    Args:
+        log_probs: of the pass.
+        rows_C: [C] logit rows of the candidates.
+        sharpen_C: [C] below 1, `pi^(1/sharpen)`, renormalised, takes the place of `pi`.
+    """
+    model: Decoder = log_probs.model  # type: ignore[assignment]
+    writes = []
+    for places, logp in log_probs.rows(rows_C):
+        if (sharpen_C[places] != 1).any():
+            power = torch.from_numpy(1 / sharpen_C[places]).to(logp)
+            logp = (logp * power[:, None]).log_softmax(-1)
+        writes.append(model.soft_embed(logp.exp()))
+    return torch.cat(writes)
+
+
+# ---- partial passes ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class States:
+    """Hypothetical states of one place, all over equally many of its masked positions."""
+
+    place: Place
+    """Of the step's pass."""
+    rows: IntArray
+    """[N, m] per state, indices into the sequence's masked positions: the rows that are run."""
+
+
+def run_partial(
+    current: DenoisingPass,
+    states: Sequence[States],
+    x_QD: Tensor,
+    *,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+    final: bool = True,
+) -> Tensor | None:
+    """[Q, D] final normalised hidden states of the states' rows.
+
+    Args:
+        current: the step's pass, which has saved every row's keys and values.
+        states: what is run; rows are packed state by state.
+        x_QD: the rows' embeddings under the supposition.
+        observe: called with (layer, keys, values), [Q, G, P] each, for every layer.
+        final: whether the final states are wanted; otherwise the last layer's mixing is skipped
+            and None comes back.
+    """
+    assert current.saved is not None
+    model, layout = current.model, current.layout.attention
+    rows = np.concatenate([current.saved_rows(s.place, s.rows.ravel()) for s in states])
+    rotary = current.saved.rotary_2A1p[:, torch.from_numpy(rows).to(current.device)]
+    overlays = [
+        Overlay(
+            kv_start=layout.kv_starts[s.place],
+            kv_len=layout.kv_seqlens[s.place],
+            columns_Nm=torch.from_numpy(s.rows).to(current.device),
+        )
+        for s in states
+    ]
+    saved = current.saved.layers[0]
+    groups = group_overlays(
+        overlays,
+        heads=saved.queries_AHP.shape[1],
+        row_elements=saved.keys_SGP[0].numel(),
+        device=current.device,
+    )
+    x, last = x_QD, len(model.layers) - 1
+    for index, (block, saved) in enumerate(zip(model.layers, current.saved.layers, strict=True)):
+        q, k, v = block.project(x, rotary)
+        if observe is not None:
+            observe(index, k, v)
+        if index == last and not final:
+            return None
+        mixed = overlay_attention(
+            q, k, v, saved.keys_SGP, saved.values_SGP, groups=groups, scale=block.scale
+        )
+        x, _ = block.feed(block.attend(x, mixed))
+    return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
+
+
+def run_guided(
+    current: DenoisingPass, sequences: Sequence[int], rows: Sequence[IntArray], x_QD: Tensor
+) -> Tensor:
+    """[Q, D] final states of hypothetical states of some sequences, guided where they are.
+
+    Args:
+        current: the step's pass.
+        sequences: of it.
+        rows: for each, as in `States.rows`.
+        x_QD: the rows' embeddings under the supposition, packed in this order.
+    """
+    states = [
+        States(place=current.place(s), rows=own) for s, own in zip(sequences, rows, strict=True)
+    ]
+    pairs = [n for n, s in enumerate(sequences) if s in current.unconditional]
+    copies = [States(place=current.unconditional[sequences[n]], rows=rows[n]) for n in pairs]
+    lens = [own.size for own in rows]
+    pieces = x_QD.split(lens)
+    x_QD = torch.cat([x_QD, *(pieces[n] for n in pairs)])
+    hidden = run_partial(current, [*states, *copies], x_QD)
+    assert hidden is not None
+    found = list(hidden.split(lens + [lens[n] for n in pairs]))
+    for copy, n in enumerate(pairs, len(states)):
+        guide = current.guide(sequences[n])
+        assert guide is not None
+        found[n] = combined(found[n], found[copy], guide)
+    return torch.cat(found[: len(states)])
+
+
+# ---- what a write changes ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Revealed:
+    """How a soft write changes a candidate's keys and values, per layer [C, G, P] each."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def reveal(
+    soft_CD: Tensor,
+    current: DenoisingPass,
+    places: Sequence[Place],
+    candidates: Sequence[IntArray],
+) -> Revealed:
+    """Run each candidate's row alone with its soft write, all other rows frozen as they were.
+
+    Args:
+        soft_CD: soft writes, packed in the order of `places`.
+        current: the step's pass, with what it saved.
+        places: of the pass.
+        candidates: for each, indices into the sequence's masked positions.
+    """
+    assert current.saved is not None
+    layers = current.saved.layers
+    rows = np.concatenate(list(map(current.key_rows, places, candidates)))
+    own = torch.from_numpy(rows).to(current.device)
+    changes = Revealed([], [])
+
+    def note(layer: int, keys_CGP: Tensor, values_CGP: Tensor) -> None:
+        changes.keys.append(keys_CGP - layers[layer].keys_SGP[own])
+        changes.values.append(values_CGP - layers[layer].values_SGP[own])
+
+    states = [
+        States(place=place, rows=index[:, None])
+        for place, index in zip(places, candidates, strict=True)
+    ]
+    run_partial(current, states, soft_CD, observe=note, final=False)
+    return changes
+
+
+class FrozenRows(KeyValueContext):
+    """Keys and values of a second pass: new for its live rows, those of the first for the rest."""
+
+    def __init__(self, first: SavedPass, second: RowLayout, places: Sequence[Place]) -> None:
+        """Find the rows.
+
+        Args:
+            first: what the first pass saved.
+            second: layout of the second.
+            places: for each sequence of the second pass, its place in the first.
+        """
+        self.first = first
+        old = first.layout.attention
+        pieces = []
+        total = sum(second.live_lens)
+        for place, start, live in zip(places, second.live_starts, second.live_lens, strict=True):
+            pieces.append(np.arange(start, start + live))
+            begin, end = old.kv_starts[place] + live, old.kv_starts[place] + old.kv_seqlens[place]
+            pieces.append(total + np.arange(begin, end))
+        self.index = torch.from_numpy(np.concatenate(pieces)).to(second.device)
+
+    def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, G, P] keys and values, [live | frozen] of every sequence."""
+        old = self.first.layers[layer]
+        return (
+            torch.cat([keys_TGP, old.keys_SGP])[self.index],
+            torch.cat([values_TGP, old.values_SGP])[self.index],
+        )

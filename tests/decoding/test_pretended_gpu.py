@@ -1,0 +1,137 @@
+"""On a pretended CUDA device: the CPU's tokens, one device in every operation, and few launches.
+
+Launches and copies are numbers that do not depend on the machine. Budgets are per denoising step,
+split into what grows with the network's layers and what does not by a line through two depths.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from pretended_counts import BLOCKING, LAUNCH, NON_BLOCKING, WAITS
+from pretended_cuda import CPU, CUDA, DeviceMismatch, PretendedDevice
+from pretended_decoding import SCENARIOS, Scenario, cost_of, loop_of, networks, state, step
+
+DEPTHS = (2, 4)
+FEW, MANY = 2, 8
+"""Numbers of requests. What is independent of it must not differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Most that a step may cost with `MANY` requests."""
+
+    layer: float
+    """Kernel launches a layer."""
+    constant: float
+    """Kernel launches besides."""
+    blocking: float
+    """Blocking copies to the device, for each pass over the network."""
+    waits: float
+    """Copies to the host, for each pass."""
+    by_requests: float
+    """Kernel launches a layer with `MANY` requests less those with `FEW`."""
+
+
+MEASURED = {
+    "confidence": {},
+    "joint": {"policy": "boe", "preset": "joint"},
+    "boe": {"policy": "boe"},
+}
+BUDGETS = {
+    "confidence": Budget(layer=40, constant=60, blocking=2, waits=1, by_requests=0),
+    "joint": Budget(layer=650, constant=500, blocking=80, waits=1, by_requests=650),
+    "boe": Budget(layer=650, constant=500, blocking=80, waits=1, by_requests=650),
+}
+TARGETS = {
+    "confidence": Budget(layer=16, constant=60, blocking=2, waits=1, by_requests=0),
+    "joint": Budget(layer=60, constant=200, blocking=2, waits=1, by_requests=0),
+    "boe": Budget(layer=60, constant=200, blocking=2, waits=1, by_requests=0),
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return networks()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_the_device_decodes_the_tokens_of_the_cpu(pair, scenario):
+    on_cpu, on_device = pair
+    want, got = loop_of(on_cpu, CPU, scenario), loop_of(on_device, CUDA, scenario)
+    device = PretendedDevice()
+    while not all(canvas.done for canvas in want.canvases.values()):
+        step(want)
+        with device:
+            step(got)
+        assert state(got) == state(want)
+    assert device.counts.total(LAUNCH)
+
+
+def measured(fields):
+    """Cost of a kind of request: by layers, besides, and by the number of requests."""
+    slopes = {}
+    for requests in (FEW, MANY):
+        costs = [
+            cost_of(networks(depth, torch.bfloat16)[1], Scenario(fields=fields), requests)
+            for depth in DEPTHS
+        ]
+        low, high = (cost.per_step(LAUNCH) for cost in costs)
+        slopes[requests] = (high - low) / (DEPTHS[1] - DEPTHS[0])
+    return Budget(
+        layer=slopes[MANY],
+        constant=high - slopes[MANY] * DEPTHS[1],
+        blocking=max(cost.per_pass(BLOCKING) for cost in costs),
+        waits=max(cost.per_pass(*WAITS) for cost in costs),
+        by_requests=slopes[MANY] - slopes[FEW],
+    ), costs[-1]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_step_keeps_its_budget(name):
+    found, cost = measured(MEASURED[name])
+    budget, target = (dataclasses.asdict(table[name]) for table in (BUDGETS, TARGETS))
+    print(f"\n{name}: {cost.passes / cost.steps:.1f} passes a step")
+    for field, value in dataclasses.asdict(found).items():
+        print(
+            f"  {field:12s} {value:7.1f}  budget {budget[field]:5.0f}  target {target[field]:5.0f}"
+        )
+    for line in cost.device.counts.lines(BLOCKING, NON_BLOCKING, *WAITS):
+        print(line)
+    over = {f: v for f, v in dataclasses.asdict(found).items() if v > budget[f] + 1e-9}
+    assert not over, f"above the budget {budget}"
+
+
+def test_two_devices_in_one_operation_are_refused():
+    with PretendedDevice(), pytest.raises(DeviceMismatch, match="expected one device"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+
+
+def test_what_is_counted():
+    device = PretendedDevice()
+    with device:
+        x = torch.ones(4, device=CUDA)  # a launch
+        y = (x[1:] * torch.tensor(2.0))[
+            None
+        ]  # a launch; a view costs nothing, a CPU scalar neither
+        host = torch.arange(3.0)
+        y.add_(host.to(CUDA))  # a blocking copy and a launch
+        y.add_(host.pin_memory().to(CUDA, non_blocking=True))  # a non-blocking one
+        assert y.tolist() == [[2, 4, 6]]  # a copy to the host
+    counts = device.counts
+    assert [counts.total(k) for k in (LAUNCH, BLOCKING, NON_BLOCKING)] == [4, 1, 1]
+    assert counts.total(*WAITS) == 1
+
+
+@torch.library.custom_op("boe_vllm::three_steps_for_a_test", mutates_args=())
+def three_steps(x: torch.Tensor) -> torch.Tensor:
+    return (x + 1).exp().sum(-1)
+
+
+def test_a_custom_operator_is_one_launch():
+    device = PretendedDevice()
+    with device, torch.no_grad():
+        x = torch.zeros(2, 3, device=CUDA)
+        device.counts.of.clear()
+        assert three_steps(x).tolist() == pytest.approx([3 * torch.e] * 2)
+    assert device.counts.total(LAUNCH) == 1

@@ -1,0 +1,84 @@
+"""`x[...]`, `x[...] = y` and `torch.tensor` for the pretended device, by the same aten operations.
+
+PyTorch's own begin with a device guard, which a build for the CPU does not have for CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+aten = torch.ops.aten
+_tensor = torch.tensor
+
+
+def getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """`x[index]`."""
+    view, tensors = _view(x, index)
+    if tensors:
+        return aten.index.Tensor(view, tensors)
+    return aten.alias.default(view) if view is x else view
+
+
+def setitem(x: torch.Tensor, index: Any, value: Any) -> None:
+    """`x[index] = value`."""
+    view, tensors = _view(x, index)
+    if not isinstance(value, torch.Tensor):
+        if not tensors:
+            aten.fill_.Scalar(view, value)
+            return
+        value = torch.full((), value, dtype=x.dtype, device=x.device)
+    if tensors:
+        aten.index_put_.default(view, tensors, value)
+    else:
+        aten.copy_.default(view, value)
+
+
+def tensor(data: Any, *, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Any:
+    """`torch.tensor`: made on the host, and a blocking copy if it goes elsewhere."""
+    if device is None or torch.device(device).type == "cpu":
+        return _tensor(data, dtype=dtype, pin_memory=pin_memory)
+    array = np.asarray(data)
+    if dtype is None and array.dtype == np.float64:
+        dtype = torch.get_default_dtype()
+    made = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+    return made.to(device=device, dtype=dtype or made.dtype)
+
+
+def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
+    """`torch.as_tensor`."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device=device or data.device, dtype=dtype or data.dtype)
+    return tensor(data, dtype=dtype, device=device)
+
+
+def _view(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The view that slices, integers and None give, and the index tensors that are left."""
+    index = list(index) if isinstance(index, tuple) else [index]
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    rest = [slice(None)] * (x.dim() - used)
+    dots = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
+    tensors: list[torch.Tensor | None] = []
+    dim = 0
+    for i in [*index[:dots], *rest, *index[dots + 1 :]]:
+        if i is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(i, slice):
+            if i != slice(None):
+                start = None if i.start is None else int(i.start)
+                stop = None if i.stop is None else int(i.stop)
+                x = aten.slice.Tensor(x, dim, start, stop, i.step or 1)
+        elif isinstance(i, torch.Tensor):
+            tensors.append(i)
+            dim += 1
+            continue
+        else:
+            x = aten.select.int(x, dim, int(i))
+            continue
+        tensors.append(None)
+        dim += 1
+    while tensors and tensors[-1] is None:
+        tensors.pop()
+    return x, tensors
