@@ -5,25 +5,25 @@ that vLLM's engine arguments know `sampler` and `sampler_config` as soon as vLLM
 that `LLM(model, sampler="boe")` works whichever of the two is imported first.
 """
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from boe_vllm.base.bundled import TINY, model_path, tiny_model_path
 from boe_vllm.vllm_plugin import hooks
 
+if TYPE_CHECKING:
+    from boe_vllm.denoiser import Denoiser
+
 __version__ = "0.1.0"
-__all__ = ["TINY", "__version__", "model_path", "tiny_model_path"]
-
-TINY = "tiny"
-"""The bundled checkpoint's name on our command lines."""
+__all__ = ["TINY", "Denoiser", "__version__", "model_path", "tiny_model_path"]
 
 
-def tiny_model_path() -> str:
-    """Absolute path of the bundled checkpoint, a small LLaDA that solves puzzles."""
-    return str(Path(__file__).parent.resolve() / "assets" / "tiny-llada")
+def __getattr__(name: str) -> Any:
+    """`Denoiser` brings torch and transformers, so it is imported when it is first asked for."""
+    if name == "Denoiser":
+        from boe_vllm.denoiser import Denoiser
 
-
-def model_path(name: str) -> str:
-    """What a command line's model name stands for: the bundled checkpoint, or itself."""
-    return tiny_model_path() if name == TINY else name
+        return Denoiser
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 hooks.install()

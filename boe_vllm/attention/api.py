@@ -1,46 +1,46 @@
 """Active-query attention: the public functions. They check their inputs and dispatch.
 
 Attention here is bidirectional, over packed sequences without padding. Each sequence stores its
-active rows first. The forward is plain attention; the gradient flows only through active query
-rows (eq. 30 of the paper), and only to the queries, keys and values of active rows.
+active rows first. The forward is plain attention; the backward passes a gradient through active
+query rows only (eq. 30 of the paper), to the queries, keys and values of active rows.
 
-Shape suffixes: `T` packed query rows, `S` packed key rows, `A` packed active rows, `H` heads, `D`
-head width. Keys and values may have fewer heads than queries, a divisor of their number: query
-head `h` attends to key head `h // (H / H of k)`, and gradients of k and v sum over the group.
+Keys and values may have fewer heads than queries, a divisor of their number: query head `h` attends
+to key head `h // (H // G)`, and gradients of k and v sum over the query heads that share them.
 
-`impl`: `"auto"` (the CPU gets `"torch_sdpa"`, CUDA `"xformers"`), `"torch_sdpa"`, `"xformers"`, or
-`"reference"`, the slow oracle, on any device. What an implementation cannot do is an error.
+`impl`: `"torch"` (PyTorch's kernels, on the CPU and on CUDA), `"xformers"` (CUDA), `"reference"`
+(the slow oracle, on any device), or `"auto"`, which `explain_auto` explains. What a named
+implementation cannot do is an error; it never falls back to another.
+
+Legend: `T` packed query rows, `S` packed key rows, `A` packed active rows, `H` query heads, `G` key
+and value heads, `P` head size.
 """
 
+import functools
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from boe_vllm.attention.layout import AttentionLayout
-from boe_vllm.attention.validation import (
-    check_inputs,
-    check_like_active,
-    check_like_q,
-    check_no_grad,
-    choose_impl,
-    resolve_impl,
-)
 
-__all__ = [
-    "AttentionLayout",
-    "active_query_attention",
-    "attention_backward",
-    "attention_forward",
-    "attention_forward_with_lse",
-    "choose_impl",
-]
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "reference": {"any": (torch.float64, *_HALF_AND_SINGLE)},
+    "torch": {
+        "cpu": (torch.float32, torch.bfloat16, torch.float64),
+        "cuda": _HALF_AND_SINGLE,
+    },
+    "xformers": {"cuda": _HALF_AND_SINGLE},
+}
+"""The dtypes that an implementation takes on each type of device that it runs on."""
+
+IMPLS = ("auto", *_SUPPORT)
+"""Every value of `impl`."""
 
 
 def attention_forward(
     q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
@@ -49,166 +49,61 @@ def attention_forward(
     """Plain attention of each sequence's query rows to all of its keys.
 
     Args:
-        q_THP: packed queries of all query rows, `[T, H, D]`; float32 or bfloat16, on the CPU also
+        q_THP: packed queries of all query rows, `[T, H, P]`; float32 or bfloat16, on the CPU also
             float64, on CUDA also float16.
-        k_SHP: packed keys, `[S, H or fewer, D]`, in q's dtype.
-        v_SHP: packed values, shaped as k.
+        k_SGP: packed keys, `[S, G, P]`, in q's dtype.
+        v_SGP: packed values, shaped as k.
         layout: lengths of the sequences; which rows are active does not matter here.
         scale: factor of `q·k` before the softmax.
         impl: see the module.
 
     Returns:
-        `[T, H, D]` in q's dtype; softmax and sums are float32 or better.
+        `[T, H, P]` in q's dtype; softmax and sums are float32 or better.
 
     Raises:
         ValueError: shapes that do not fit the layout or each other, mixed dtypes or devices, an
             unknown `impl`, one that lacks the device or dtype, or a tensor that requires a
-            gradient while grad mode is on (use `active_query_attention`).
-        ImportError: `impl` resolves to xformers, which is not installed.
+            gradient while grad mode is on.
+        ImportError: `impl` is xformers, which is not installed.
     """
-    module = _checked("attention_forward", q_THP, k_SHP, v_SHP, layout, impl)
-    return module.forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
-
-
-def attention_forward_with_lse(
-    q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
-    *,
-    layout: AttentionLayout,
-    scale: float,
-    impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention_forward`, and the logsumexp of the scores for those backwards that use it.
-
-    Give the active rows of both to `attention_backward` and the xformers backward recomputes
-    nothing. Arguments and errors: as `attention_forward`.
-
-    Returns:
-        o `[T, H, D]` in q's dtype; lse `[T, H]` in float32 (float64 for float64 inputs), or None
-        from `torch_sdpa`, which has no use for it.
-    """
-    module = _checked("attention_forward_with_lse", q_THP, k_SHP, v_SHP, layout, impl)
-    return module.forward_with_lse(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
+    module = _checked("attention_forward", q_THP, k_SGP, v_SGP, layout.num_queries, layout, impl)
+    return module.forward(q_THP, k_SGP, v_SGP, layout=layout, scale=scale)
 
 
 def attention_backward(
     do_AHP: torch.Tensor,
     q_AHP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHP: torch.Tensor | None = None,
-    lse_AH: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the active rows, from the gradients of their outputs; autograd is not used.
 
+    Whatever of the forward is needed is computed again for the active rows.
+
     Args:
-        do_AHP: gradients of the active rows' outputs, `[A, H, D]`, in q's dtype.
-        q_AHP: packed queries of the active rows only, `[A, H, D]`.
-        k_SHP: packed keys of all rows, `[S, H or fewer, D]`.
-        v_SHP: packed values of all rows, shaped as k.
+        do_AHP: gradients of the active rows' outputs, `[A, H, P]`, in q's dtype.
+        q_AHP: packed queries of the active rows only, `[A, H, P]`.
+        k_SGP: packed keys of all rows, `[S, G, P]`.
+        v_SGP: packed values of all rows, shaped as k.
         layout: the layout of the forward.
         scale: the forward's.
-        o_AHP: outputs of the active rows, `[A, H, D]`, in q's dtype; saves xformers a forward over
-            these rows if `lse_AH` is given too. Other implementations recompute what they need.
-        lse_AH: logsumexp of the active rows' scores, `[A, H]`, float32 (float64 for float64).
         impl: see the module.
 
     Returns:
-        dq `[A, H, D]`, and dk, dv `[A, H of k, D]` for the keys and values of the active rows, in
-        q's dtype; sums are float32 or better.
+        dq `[A, H, P]`, and dk, dv `[A, G, P]` for the keys and values of the active rows, in q's
+        dtype; sums are float32 or better.
 
     Raises:
         ValueError, ImportError: as `attention_forward`.
     """
-    module = _checked("attention_backward", q_AHP, k_SHP, v_SHP, layout, impl, active=True)
-    check_no_grad("attention_backward", do_AHP)
-    for name, x in (("do", do_AHP), ("o", o_AHP)):
-        if x is not None:
-            check_like_active(name, x, q_AHP, tuple(q_AHP.shape))
-            check_like_q(name, x, q_AHP)
-    if lse_AH is not None:
-        check_like_active("lse", lse_AH, q_AHP, tuple(q_AHP.shape[:2]))
-    return module.backward(
-        do_AHP, q_AHP, k_SHP, v_SHP, layout=layout, scale=scale, o_AHP=o_AHP, lse_AH=lse_AH
-    )
-
-
-def active_query_attention(
-    q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
-    *,
-    layout: AttentionLayout,
-    scale: float,
-    impl: str = "auto",
-) -> torch.Tensor:
-    """Attention whose gradient flows through active query rows only (eq. 30); differentiable.
-
-    The values are `attention_forward`'s. The gradients of q, k and v are exactly zero outside the
-    active rows. `"reference"` leaves the differentiation to autograd, the others keep q of active
-    rows, k and v for `attention_backward`. Differentiable once. Arguments and errors: as
-    `attention_forward`, except that tensors may require a gradient.
-
-    Returns:
-        `[T, H, D]` in q's dtype.
-    """
-    check_inputs(q_THP, k_SHP, v_SHP, q_rows=layout.num_queries, layout=layout)
-    impl = resolve_impl(impl, q_THP.device.type, q_THP.dtype)
-    module = _load(impl)
-    if impl == "reference":
-        return module.active_query_attention(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THP, k_SHP, v_SHP)):
-        return _ActiveQueryAttention.apply(q_THP, k_SHP, v_SHP, layout, scale, module)
-    return module.forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
-
-
-class _ActiveQueryAttention(torch.autograd.Function):
-    """Ties an implementation's forward and backward together for autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_THP: torch.Tensor,
-        k_SHP: torch.Tensor,
-        v_SHP: torch.Tensor,
-        layout: AttentionLayout,
-        scale: float,
-        module: ModuleType,
-    ) -> torch.Tensor:
-        o_THP, lse_TH = module.forward_with_lse(q_THP, k_SHP, v_SHP, layout=layout, scale=scale)
-        index = layout.active_index(q_THP.device)
-        # Of the queries (and outputs, where the backward wants them) only active rows are kept.
-        o_AHP, lse_AH = (None, None) if lse_TH is None else (o_THP[index], lse_TH[index])
-        ctx.save_for_backward(q_THP[index], k_SHP, v_SHP, o_AHP, lse_AH)
-        ctx.layout, ctx.scale, ctx.module = layout, scale, module
-        return o_THP
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do_THP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_AHP, k_SHP, v_SHP, o_AHP, lse_AH = ctx.saved_tensors
-        layout: AttentionLayout = ctx.layout
-        index = layout.active_index(do_THP.device)
-        kv_index = layout.active_kv_index(do_THP.device)
-        dq_AHP, dk_AHP, dv_AHP = ctx.module.backward(
-            do_THP[index],
-            q_AHP,
-            k_SHP,
-            v_SHP,
-            layout=layout,
-            scale=ctx.scale,
-            o_AHP=o_AHP,
-            lse_AH=lse_AH,
-        )
-        dq_THP = do_THP.new_zeros(do_THP.shape).index_copy_(0, index, dq_AHP)
-        dk_SHP = k_SHP.new_zeros(k_SHP.shape).index_copy_(0, kv_index, dk_AHP)
-        dv_SHP = v_SHP.new_zeros(v_SHP.shape).index_copy_(0, kv_index, dv_AHP)
-        return dq_THP, dk_SHP, dv_SHP, None, None, None
+    module = _checked("attention_backward", q_AHP, k_SGP, v_SGP, layout.num_active, layout, impl)
+    _check_no_grad("attention_backward", do_AHP)
+    _check_like("do", do_AHP, "q", q_AHP)
+    return module.backward(do_AHP, q_AHP, k_SGP, v_SGP, layout=layout, scale=scale)
 
 
 def _checked(
@@ -216,24 +111,139 @@ def _checked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    q_rows: int,
     layout: AttentionLayout,
     impl: str,
-    *,
-    active: bool = False,
 ) -> ModuleType:
     """The module that implements `impl`, once everything about the inputs is known to fit."""
-    check_inputs(q, k, v, q_rows=layout.num_active if active else layout.num_queries, layout=layout)
-    check_no_grad(name, q, k, v)
-    return _load(resolve_impl(impl, q.device.type, q.dtype))
+    _check_shapes(q, k, q_rows, layout)
+    _check_like("k", k, "q", q, shapes=False)
+    _check_like("v", v, "k", k)
+    _check_no_grad(name, q, k, v)
+    device = q.device.type
+    return _load(resolve(impl, device, q.dtype, q.shape[2]), device)
 
 
-def _load(impl: str) -> ModuleType:
+@functools.cache
+def explain_auto(device_type: str, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
+    """What `impl="auto"` means for such queries, and why, for a log.
+
+    On CUDA it is xformers where its library loads and has kernels for them, else PyTorch's own.
+
+    Args:
+        device_type: `"cpu"` or `"cuda"`, the current device.
+        dtype: of q, k and v.
+        head_size: of one head.
+
+    Returns:
+        The implementation's name, and a clause that gives the reason.
+
+    Raises:
+        ValueError: another device type.
+    """
+    if device_type == "cpu":
+        return "torch", "xformers has no kernels for the CPU"
+    if device_type != "cuda":
+        raise ValueError(
+            f"impl='auto': expected a device type of cpu or cuda, got {device_type!r}; "
+            "move the tensors, or name impl='reference'"
+        )
+    from boe_vllm.attention import xformers
+
+    against = xformers.refusal(dtype, head_size)
+    if against is None:
+        return "xformers", "its kernels take the model's heads"
+    return "torch", f"xformers does not run here: {against}"
+
+
+def resolve(impl: str, device_type: str, dtype: torch.dtype, head_size: int) -> str:
+    """The name of the implementation to run, after checking device type and dtype.
+
+    Raises:
+        ValueError: unknown `impl`, or one that cannot take device type or dtype.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
+    if impl == "auto":
+        impl, _ = explain_auto(device_type, dtype, head_size)
+    devices = _SUPPORT[impl]
+    dtypes = devices.get(device_type, devices.get("any"))
+    if dtypes is None:
+        raise ValueError(
+            f"impl={impl!r}: expected {' or '.join(devices)} tensors, got {device_type}; "
+            "move the tensors, or use impl='auto'"
+        )
+    if dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"impl={impl!r}: expected a dtype of {names}, got "
+            f"{str(dtype).removeprefix('torch.')}; convert q, k and v"
+        )
+    return impl
+
+
+def _load(impl: str, device_type: str) -> ModuleType:
     # Literal imports: each implementation stays optional, and unused ones are never loaded.
     if impl == "reference":
         from boe_vllm.attention import reference as module
-    elif impl == "torch_sdpa":
+    elif impl == "torch" and device_type == "cuda":
+        from boe_vllm.attention import torch_cuda as module  # type: ignore[no-redef]
+    elif impl == "torch":
         from boe_vllm.attention import torch_cpu as module  # type: ignore[no-redef]
     else:
-        assert impl == "xformers", f"resolve_impl returned {impl!r}"
+        assert impl == "xformers", f"resolve returned {impl!r}"
         from boe_vllm.attention import xformers as module  # type: ignore[no-redef]
     return module
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, q_rows: int, layout: AttentionLayout) -> None:
+    """Refuse queries and keys whose rows, heads or head size do not fit."""
+    if q.dim() != 3 or k.dim() != 3:
+        raise ValueError(
+            "q, k: expected packed rows [rows, heads, head size], got shapes "
+            f"{tuple(q.shape)} and {tuple(k.shape)}; there is no batch dimension"
+        )
+    if q.shape[0] != q_rows:
+        raise ValueError(
+            f"q: expected {q_rows} rows as the layout says, got {q.shape[0]}; "
+            "the forward takes all query rows, the backward only the active ones"
+        )
+    if k.shape[0] != layout.num_keys:
+        raise ValueError(
+            f"k: expected {layout.num_keys} rows (sum of kv_seqlens), got {k.shape[0]}; "
+            "pass the keys and values of every row, in the layout's order"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}; "
+            "query head h attends to key head h // (query heads // key heads)"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"k: expected head size {q.shape[2]} as q has, got {k.shape[2]}; reshape k and v"
+        )
+
+
+def _check_like(
+    name: str, x: torch.Tensor, other: str, y: torch.Tensor, *, shapes: bool = True
+) -> None:
+    """Refuse an `x` of another dtype, device or shape than `y`."""
+    if shapes and x.shape != y.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(y.shape)} as {other} has, got {tuple(x.shape)}; "
+            f"give {name} for the same rows and heads as {other}"
+        )
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(
+            f"{name}: expected {y.dtype} on {y.device} as {other} has, got {x.dtype} on "
+            f"{x.device}; convert {name}"
+        )
+
+
+def _check_no_grad(name: str, *tensors: torch.Tensor) -> None:
+    """Refuse to drop a gradient that the caller asked autograd for."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{name}: expected tensors without gradients, got one with requires_grad=True; "
+            "detach it, or wrap the call in torch.no_grad()"
+        )

@@ -1,8 +1,6 @@
 """How the rows of a batch of sequences are packed: lengths, offsets and indices.
 
-Legend of shape suffixes in this package: `T` packed query rows, `S` packed key rows, `A` packed
-active rows, `H` query heads, `K` key/value heads, `G` query heads per key/value head
-(`H = K * G`), `D` head width. Head `h` attends to key/value head `h // G`.
+Legend: `T` packed query rows, `S` packed key rows, `A` packed active rows, `B` sequences.
 """
 
 from collections.abc import Callable, Hashable
@@ -10,7 +8,25 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occupied:
+    """The sequences of a layout that have query rows: all that a kernel for packed rows sees."""
+
+    q_seqlens: tuple[int, ...]
+    """Query rows of each."""
+    kv_seqlens: tuple[int, ...]
+    """Key rows of each."""
+    kv_rows: IntArray | None
+    """Their packed key rows, to be gathered; None if these are all there are."""
+    active_rows: IntArray
+    """`[A]` rows of the gathered keys that belong to active rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +116,22 @@ class AttentionLayout:
             ),
         )
 
+    def occupied(self) -> Occupied:
+        """The sequences that have query rows."""
+        kept = [i for i, rows in enumerate(self.q_seqlens) if rows]
+        q_seqlens, kv_seqlens, kv_starts, active_seqlens = (
+            tuple(lengths[i] for i in kept)
+            for lengths in (self.q_seqlens, self.kv_seqlens, self.kv_starts, self.active_seqlens)
+        )
+        starts = tuple(accumulate(kv_seqlens, initial=0))
+        gather = starts[-1] != self.num_keys
+        return Occupied(
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            kv_rows=row_index(kv_starts, kv_seqlens) if gather else None,
+            active_rows=row_index(starts, active_seqlens),
+        )
+
     def memoised(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """What `build()` returned the first time that `key` was asked for."""
         if key not in self._memo:
@@ -115,11 +147,11 @@ class AttentionLayout:
         device = torch.device(device)
         return self.memoised(
             (name, device),
-            lambda: row_index(starts, self.active_seqlens).to(device, non_blocking=True),
+            lambda: to_device([row_index(starts, self.active_seqlens)], device)[0],
         )
 
 
-def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> torch.Tensor:
+def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> IntArray:
     """Rows `start .. start + count - 1` of every sequence, one after the other.
 
     Args:
@@ -127,11 +159,11 @@ def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> torch.Tensor:
         counts: rows to take from each sequence.
 
     Returns:
-        int64 `[sum(counts)]` on the host.
+        `[sum(counts)]` on the host.
     """
     ranges = [
-        torch.arange(start, start + count)
+        np.arange(start, start + count)
         for start, count in zip(starts, counts, strict=False)
         if count
     ]
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)

@@ -2,7 +2,7 @@
 
 Each sequence has calls of its own, never a padded batch, and neighbours are never merged: the
 shapes that a kernel sees, and with them the order of its sums, depend on that sequence alone. A
-sequence's result is therefore the same, to the last bit, alone and in any batch. (Head widths that
+sequence's result is therefore the same, to the last bit, alone and in any batch. (Head sizes that
 8 divides; others shift rows in memory to where MKL's kernels may sum in another order.)
 
 The backward works on active queries only. Per sequence with `a` active rows:
@@ -11,9 +11,10 @@ The backward works on active queries only. Per sequence with `a` active rows:
     dP = do vᵀ                 dS = P * (dP - rowsum(P * dP))
     dq = scale dS k            dk = scale dS[:, :a]ᵀ q
 
-which is 3 products of `a × S` and 2 of `a × a` against 5 of `S × S` in the dense backward.
-Shape suffixes: see `layout`; in addition `a` active rows of one sequence, `N` = `A * G` query rows
-by key head, `R` the rows of `N` in a tile.
+which is 3 products of `a × s` and 2 of `a × a` against 5 of `s × s` in the dense backward.
+The softmax is computed again: that takes no longer than to apply a logsumexp left by the forward.
+Shape suffixes: see `api`; in addition `a` and `s` active and key rows of one sequence, `n` query
+rows by key head (`a` times the query heads that share it), `r` those of a tile.
 
 Numbers: float32 and float64 are computed as they are. bfloat16 is widened to float32 sequence by
 sequence in the backward, so that products, softmax and sums are float32 and only the results are
@@ -31,80 +32,65 @@ DEFAULT_TILE_BYTES = 4 * 2**20
 
 def forward(
     q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
 ) -> torch.Tensor:
-    """Plain attention of every packed sequence; `[T, H, D]`, contiguous, in q's dtype."""
+    """Plain attention of every packed sequence; `[T, H, P]`, contiguous, in q's dtype."""
     o_THP = q_THP.new_empty(q_THP.shape)
-    grouped = q_THP.shape[1] != k_SHP.shape[1]
+    grouped = q_THP.shape[1] != k_SGP.shape[1]
     for i in range(layout.num_sequences):
         if not layout.q_seqlens[i]:
             continue
         rows = slice(layout.q_starts[i], layout.q_starts[i + 1])
         keys = slice(layout.kv_starts[i], layout.kv_starts[i + 1])
-        o_1HLP = F.scaled_dot_product_attention(
+        o_1HtP = F.scaled_dot_product_attention(
             q_THP[rows].transpose(0, 1).unsqueeze(0),
-            k_SHP[keys].transpose(0, 1).unsqueeze(0),
-            v_SHP[keys].transpose(0, 1).unsqueeze(0),
+            k_SGP[keys].transpose(0, 1).unsqueeze(0),
+            v_SGP[keys].transpose(0, 1).unsqueeze(0),
             scale=scale,
             enable_gqa=grouped,
         )
-        o_THP[rows] = o_1HLP[0].transpose(0, 1)
+        o_THP[rows] = o_1HtP[0].transpose(0, 1)
     return o_THP
-
-
-def forward_with_lse(
-    q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
-    *,
-    layout: AttentionLayout,
-    scale: float,
-) -> tuple[torch.Tensor, None]:
-    """`forward`, and no lse: to recompute the softmax takes no longer than to apply an lse."""
-    return forward(q_THP, k_SHP, v_SHP, layout=layout, scale=scale), None
 
 
 @torch.no_grad()
 def backward(
     do_AHP: torch.Tensor,
     q_AHP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHP: torch.Tensor | None = None,
-    lse_AH: torch.Tensor | None = None,
     tile_bytes: int = DEFAULT_TILE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the active rows' q, k and v.
 
     Args:
-        o_AHP, lse_AH: not used; both are cheaper to recompute, and exact in bfloat16 too.
         tile_bytes: most bytes of temporaries per thread (one row of one key head at the least).
             Heads and rows are tiled to fit; it changes results by rounding at most.
 
     Returns:
-        dq `[A, H, D]`, dk `[A, K, D]`, dv `[A, K, D]`, contiguous, in q's dtype.
+        dq `[A, H, P]`, dk `[A, G, P]`, dv `[A, G, P]`, contiguous, in q's dtype.
     """
-    heads, width = k_SHP.shape[1:]
+    heads, width = k_SGP.shape[1:]
     group = q_AHP.shape[1] // heads
     dtype = torch.promote_types(q_AHP.dtype, torch.float32)
     # A group's query heads are more rows against the same keys: the sum over the group, which the
     # gradients of k and v need, becomes part of the matrix product.
     rows = [active * group for active in layout.active_seqlens]
-    q_GNP = _by_key_head(q_AHP, heads, dtype).split(rows, 1)
-    do_GNP = _by_key_head(do_AHP, heads, dtype).split(rows, 1)
-    k_GSP, v_GSP = (x.transpose(0, 1).split(layout.kv_seqlens, 1) for x in (k_SHP, v_SHP))
+    q_GnP = _by_key_head(q_AHP, heads, dtype).split(rows, 1)
+    do_GnP = _by_key_head(do_AHP, heads, dtype).split(rows, 1)
+    k_GsP, v_GsP = (x.transpose(0, 1).split(layout.kv_seqlens, 1) for x in (k_SGP, v_SGP))
     # Sequence by sequence, so that every product is written where it belongs.
     dq_packed = q_AHP.new_empty((layout.num_active * heads * group, width), dtype=dtype)
     dk_packed, dv_packed = q_AHP.new_empty((2, layout.num_active * heads, width), dtype=dtype)
-    dq_NP = dq_packed.split([n * heads for n in rows])
-    dk_NP, dv_NP = (
+    dq_nP = dq_packed.split([n * heads for n in rows])
+    dk_nP, dv_nP = (
         x.split([active * heads for active in layout.active_seqlens])
         for x in (dk_packed, dv_packed)
     )
@@ -122,13 +108,13 @@ def backward(
         if not layout.active_seqlens[i]:
             continue
         operands = (
-            do_GNP[i],
-            q_GNP[i],
-            k_GSP[i].to(dtype),
-            v_GSP[i].to(dtype),
-            dq_NP[i].view(heads, -1, width),
-            dk_NP[i].view(heads, -1, width),
-            dv_NP[i].view(heads, -1, width),
+            do_GnP[i],
+            q_GnP[i],
+            k_GsP[i].to(dtype),
+            v_GsP[i].to(dtype),
+            dq_nP[i].view(heads, -1, width),
+            dk_nP[i].view(heads, -1, width),
+            dv_nP[i].view(heads, -1, width),
         )
         split = [operands]
         if tile_heads < heads:
@@ -145,8 +131,8 @@ def backward(
 def _backward_heads(
     do_GnP: torch.Tensor,
     q_GnP: torch.Tensor,
-    k_GSP: torch.Tensor,
-    v_GSP: torch.Tensor,
+    k_GsP: torch.Tensor,
+    v_GsP: torch.Tensor,
     dq_GnP: torch.Tensor,
     dk_GaP: torch.Tensor,
     dv_GaP: torch.Tensor,
@@ -157,44 +143,44 @@ def _backward_heads(
 ) -> None:
     """The backward of some heads of one sequence, `tile_rows` rows at a time, into dq, dk, dv."""
     heads, active = dk_GaP.shape[:2]
-    num_rows, num_keys = q_GnP.shape[1], k_GSP.shape[1]
-    kT_KDS, vT_KDS = k_GSP.transpose(1, 2), v_GSP.transpose(1, 2)
+    num_rows, num_keys = q_GnP.shape[1], k_GsP.shape[1]
+    kT_GPs, vT_GPs = k_GsP.transpose(1, 2), v_GsP.transpose(1, 2)
     for start in range(0, num_rows, tile_rows):
         rows = min(tile_rows, num_rows - start)
-        q_GRP, do_GRP, dq_GRP = q_GnP, do_GnP, dq_GnP
+        q_GrP, do_GrP, dq_GrP = q_GnP, do_GnP, dq_GnP
         if rows < num_rows:
-            q_GRP, do_GRP, dq_GRP = (x.narrow(1, start, rows) for x in (q_GnP, do_GnP, dq_GnP))
-        s_GRS, p_GRS = (b[: heads * rows * num_keys].view(heads, rows, num_keys) for b in buffers)
-        torch.baddbmm(s_GRS, q_GRP, kT_KDS, beta=0, alpha=scale, out=s_GRS)
-        torch.softmax(s_GRS, dim=-1, out=p_GRS)
-        ds_GRS = torch.bmm(do_GRP, vT_KDS, out=s_GRS)
-        torch._softmax_backward_data(ds_GRS, p_GRS, -1, ds_GRS.dtype, grad_input=ds_GRS)
-        torch.baddbmm(dq_GRP, ds_GRS, k_GSP, beta=0, alpha=scale, out=dq_GRP)
+            q_GrP, do_GrP, dq_GrP = (x.narrow(1, start, rows) for x in (q_GnP, do_GnP, dq_GnP))
+        s_Grs, p_Grs = (b[: heads * rows * num_keys].view(heads, rows, num_keys) for b in buffers)
+        torch.baddbmm(s_Grs, q_GrP, kT_GPs, beta=0, alpha=scale, out=s_Grs)
+        torch.softmax(s_Grs, dim=-1, out=p_Grs)
+        ds_Grs = torch.bmm(do_GrP, vT_GPs, out=s_Grs)
+        torch._softmax_backward_data(ds_Grs, p_Grs, -1, ds_Grs.dtype, grad_input=ds_Grs)
+        torch.baddbmm(dq_GrP, ds_Grs, k_GsP, beta=0, alpha=scale, out=dq_GrP)
         later = int(start > 0)  # beta: whether to add to what the rows before have left
-        dsT_KaR, pT_KaR = (x.narrow(2, 0, active).transpose(1, 2) for x in (ds_GRS, p_GRS))
-        torch.baddbmm(dk_GaP, dsT_KaR, q_GRP, beta=later, alpha=scale, out=dk_GaP)
-        torch.baddbmm(dv_GaP, pT_KaR, do_GRP, beta=later, out=dv_GaP)
+        dsT_Gar, pT_Gar = (x.narrow(2, 0, active).transpose(1, 2) for x in (ds_Grs, p_Grs))
+        torch.baddbmm(dk_GaP, dsT_Gar, q_GrP, beta=later, alpha=scale, out=dk_GaP)
+        torch.baddbmm(dv_GaP, pT_Gar, do_GrP, beta=later, out=dv_GaP)
 
 
 def _by_key_head(x_AHP: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[K, A * G, D]` in `dtype`: a view where possible, a copy for `G > 1` or another dtype."""
+    """`[G, A * H / G, P]` in `dtype`: a copy for grouped heads or another dtype, else a view."""
     return x_AHP.to(dtype).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _by_row(
-    packed_NP: torch.Tensor, layout: AttentionLayout, heads: int, group: int
+    packed_nP: torch.Tensor, layout: AttentionLayout, heads: int, group: int
 ) -> torch.Tensor:
-    """`[A, K * G, D]` of rows that lie sequence by sequence as `[K, a * G, D]`."""
+    """`[A, G * group, P]` of rows that lie sequence by sequence as `[G, a * group, P]`."""
 
     def build() -> torch.Tensor:
-        index = torch.arange(len(packed_NP))
+        index = torch.arange(len(packed_nP))
         for start, active in zip(layout.active_starts, layout.active_seqlens, strict=False):
             own = index.narrow(0, start * heads * group, active * heads * group)
             own.copy_(own.view(heads, active, group).transpose(0, 1).flatten())
         return index
 
     index = layout.memoised(("by_row", heads, group), build)
-    return packed_NP.index_select(0, index).unflatten(0, (layout.num_active, heads * group))
+    return packed_nP.index_select(0, index).unflatten(0, (layout.num_active, heads * group))
 
 
 def _tile_shape(

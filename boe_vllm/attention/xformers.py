@@ -1,28 +1,31 @@
 """Attention on CUDA: xformers' memory-efficient kernels with a block-diagonal mask.
 
 The forward runs all query rows against all keys. The backward runs the active query rows against
-all keys, under a mask of its own, and keeps the gradients of the active rows' keys and values.
+all keys, under a mask of its own: a forward for the softmax's denominators, then xformers'
+backward, of which the active rows' keys and values are kept. Forward and backward are taken from
+one family of kernels, so that they agree on the format of the denominators.
 Sequences without rows to run are dropped from the mask, and their keys and values with them.
-Shape suffixes: see `layout`; in addition `N` sequences under the mask, `M` the longest of them.
+Shape suffixes: see `api`.
 
 Numbers: bfloat16, float16 and float32 inputs; the kernels sum in float32. Flash's backward adds
-with atomics, so that its last bits vary between runs unless
+with atomics, so that the last bits of dq vary between runs unless
 `torch.use_deterministic_algorithms(True)` selects CUTLASS's.
 
 xformers is imported when the first call needs it; the package works without it elsewhere.
 """
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import functools
+import importlib.util
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from boe_vllm.attention.layout import AttentionLayout, row_index
-
-_LSE_ALIGNMENT = 32
-"""CUTLASS reads the lse in lines of this many rows."""
+from boe_vllm.attention.layout import AttentionLayout
+from boe_vllm.base.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +34,6 @@ class MaskPlan:
 
     mask: Any
     """xformers' `BlockDiagonalMask`: these rows of each sequence against all of its keys."""
-    q_seqlens: tuple[int, ...]
-    """Query rows of each sequence under the mask."""
     kv_index: torch.Tensor | None
     """Packed key rows to gather for the mask, int64; None if it is all of them."""
     active_kv_index: torch.Tensor
@@ -41,88 +42,56 @@ class MaskPlan:
 
 def forward(
     q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
 ) -> torch.Tensor:
-    """Plain attention of every packed sequence; `[T, H, D]` in q's dtype."""
-    if not layout.num_queries:
-        return torch.empty_like(q_THP)
-    plan = mask_plan(layout, q_THP.device)
-    kernel = _fmha().memory_efficient_attention_forward
-    return _run_forward(kernel, q_THP, k_SHP, v_SHP, plan, scale).squeeze(0)
-
-
-def forward_with_lse(
-    q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
-    *,
-    layout: AttentionLayout,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention and the log of the softmax's denominators.
-
-    Returns:
-        o `[T, H, D]` in q's dtype; lse float32 `[T, H]`.
+    """Plain attention of every packed sequence; `[T, H, P]` in q's dtype.
 
     Raises:
         ValueError: no forward kernel takes these inputs; the message has each one's reasons.
     """
     if not layout.num_queries:
-        return torch.empty_like(q_THP), q_THP.new_empty(q_THP.shape[:2], dtype=torch.float32)
+        return torch.empty_like(q_THP)
     plan = mask_plan(layout, q_THP.device)
-    kernel = _fmha().memory_efficient_attention_forward_requires_grad
-    o, lse = _run_forward(kernel, q_THP, k_SHP, v_SHP, plan, scale)
-    return o.squeeze(0), unpack_lse(lse, plan.q_seqlens)
+    q, k, v = _batched(q_THP, k_SGP, v_SGP, plan)
+    op, _ = _operators_of(layout, q, k, v, plan.mask, scale, backward=False)
+    kernel = _fmha().memory_efficient_attention_forward
+    return kernel(q, k, v, plan.mask, scale=scale, op=op).squeeze(0)
 
 
 def backward(
     do_AHP: torch.Tensor,
     q_AHP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+    k_SGP: torch.Tensor,
+    v_SGP: torch.Tensor,
     *,
     layout: AttentionLayout,
     scale: float,
-    o_AHP: torch.Tensor | None = None,
-    lse_AH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the active rows' q, k and v.
 
-    Args:
-        o_AHP, lse_AH: the active rows of what `forward_with_lse` returned; unless both are given,
-            a forward over the active rows recomputes them.
-
     Returns:
-        dq `[A, H, D]`, dk and dv with k's heads `[A, K, D]`, in q's dtype.
+        dq `[A, H, P]`, dk and dv with k's heads `[A, G, P]`, in q's dtype.
 
     Raises:
-        ValueError: no backward kernel takes these inputs; the message has each one's reasons.
+        ValueError: no family of kernels takes these inputs; the message has each one's reasons.
     """
-    kv_heads = k_SHP.shape[1]
+    kv_heads = k_SGP.shape[1]
     if not layout.num_active:
-        empty = k_SHP.new_empty((0, *k_SHP.shape[1:]))
+        empty = k_SGP.new_empty((0, *k_SGP.shape[1:]))
         return torch.empty_like(q_AHP), empty, torch.empty_like(empty)
-    active = layout.active_only()
-    if o_AHP is None or lse_AH is None:
-        o_AHP, lse_AH = forward_with_lse(q_AHP, k_SHP, v_SHP, layout=active, scale=scale)
+    active, fmha = layout.active_only(), _fmha()
     plan = mask_plan(active, q_AHP.device)
-    k, v = _keys_for(k_SHP, v_SHP, plan, q_AHP.shape[1])
-    fmha = _fmha()
-    op = backward_operator(fmha, q_AHP, k, v, plan.mask, scale)
+    q, k, v = _batched(q_AHP, k_SGP, v_SGP, plan)
+    ops = _operators_of(active, q, k, v, plan.mask, scale, backward=True)
+    o, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        q, k, v, plan.mask, scale=scale, op=ops[0]
+    )
     dq, dk, dv = fmha.memory_efficient_attention_backward(
-        do_AHP.unsqueeze(0),
-        o_AHP.unsqueeze(0),
-        pack_lse(lse_AH, plan.q_seqlens, packed=op.VARLEN_LSE_PACKED),
-        q_AHP.unsqueeze(0),
-        k.unsqueeze(0),
-        v.unsqueeze(0),
-        plan.mask,
-        scale=scale,
-        op=op,
+        do_AHP.unsqueeze(0), o, lse, q, k, v, plan.mask, scale=scale, op=ops[1]
     )
     dk, dv = (x.squeeze(0).index_select(0, plan.active_kv_index) for x in (dk, dv))
     if kv_heads != q_AHP.shape[1]:
@@ -133,6 +102,25 @@ def backward(
     return dq.squeeze(0), dk, dv
 
 
+def refusal(dtype: torch.dtype, head_size: int) -> str | None:
+    """Why xformers cannot run forward and backward of such heads on this machine's CUDA device.
+
+    Returns:
+        None if it can; otherwise xformers' own reasons, or that of its import.
+    """
+    try:
+        fmha = _fmha()
+    except ImportError as error:
+        return str(error)
+    q = torch.empty(1, 8, 1, head_size, dtype=dtype, device="cuda")
+    mask = fmha.BlockDiagonalMask.from_seqlens([8], [8], device=q.device)
+    try:
+        operators(fmha, q, q, q, mask, 1.0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def mask_plan(layout: AttentionLayout, device: torch.device | str) -> MaskPlan:
     """The mask of a layout's query rows on `device`, made once per layout."""
     device = torch.device(device)
@@ -140,124 +128,95 @@ def mask_plan(layout: AttentionLayout, device: torch.device | str) -> MaskPlan:
 
 
 def _make_mask_plan(layout: AttentionLayout, device: torch.device) -> MaskPlan:
-    kept = [i for i, rows in enumerate(layout.q_seqlens) if rows]
-    q_seqlens, kv_seqlens, kv_starts, active_seqlens = (
-        tuple(lengths[i] for i in kept)
-        for lengths in (
-            layout.q_seqlens,
-            layout.kv_seqlens,
-            layout.kv_starts,
-            layout.active_seqlens,
-        )
-    )
-    saved_starts, total = [], 0
-    for length in kv_seqlens:
-        saved_starts.append(total)
-        total += length
-    gather = total != layout.num_keys
+    rows = layout.occupied()
+    gather = [] if rows.kv_rows is None else [rows.kv_rows]
+    active_kv_index, *kv_index = to_device([rows.active_rows, *gather], device)
     return MaskPlan(
         mask=_fmha().BlockDiagonalMask.from_seqlens(
-            list(q_seqlens), list(kv_seqlens), device=device
+            list(rows.q_seqlens), list(rows.kv_seqlens), device=device
         ),
-        q_seqlens=q_seqlens,
-        kv_index=row_index(kv_starts, kv_seqlens).to(device) if gather else None,
-        active_kv_index=row_index(tuple(saved_starts), active_seqlens).to(device),
+        kv_index=kv_index[0] if kv_index else None,
+        active_kv_index=active_kv_index,
     )
 
 
-def backward_operator(
-    fmha: ModuleType,
-    q_AHP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
+def operators(
+    fmha: Any,
+    q_1THP: torch.Tensor,
+    k_1SHP: torch.Tensor,
+    v_1SHP: torch.Tensor,
     mask: Any,
     scale: float,
-) -> Any:
-    """xformers' first backward operator for these inputs, in xformers' own order of preference.
+    *,
+    backward: bool = True,
+) -> tuple[Any, Any]:
+    """The first family of kernels for these inputs, in xformers' own order of preference.
 
-    Chosen here, not by xformers' dispatch, because the format of the lse has to fit it.
+    Chosen here, not by xformers' dispatch, because the format of the lse has to fit both.
+
+    Args:
+        fmha: xformers' module.
+        q_1THP, k_1SHP, v_1SHP, mask, scale: as xformers gets them.
+        backward: whether the backward has to run, too.
+
+    Returns:
+        Its forward and its backward operator.
 
     Raises:
         ValueError: there is none.
     """
-    q, k, v = (x.unsqueeze(0) for x in (q_AHP, k_SHP, v_SHP))
-    inputs = fmha.Inputs(query=q, key=k, value=v, attn_bias=mask, scale=scale)
+    inputs = fmha.Inputs(query=q_1THP, key=k_1SHP, value=v_1SHP, attn_bias=mask, scale=scale)
     reasons = []
-    for op in (fmha.flash3.BwOp, fmha.flash.BwOp, fmha.cutlass.BwOp):
-        against = op.not_supported_reasons(inputs)
-        if not against:
-            return op
-        reasons.append(f"{op.NAME}: {'; '.join(against)}")
-    raise _refusal("backward", q_AHP, " | ".join(reasons))
-
-
-def unpack_lse(lse: torch.Tensor, q_seqlens: tuple[int, ...]) -> torch.Tensor:
-    """xformers' lse, packed `[1, H, >= T]` or padded `[N, H, >= M]`, as `[T, H]`."""
-    total = sum(q_seqlens)
-    if lse.shape[0] == 1:
-        return lse.squeeze(0).narrow(1, 0, total).T
-    padded = lse.shape[-1]
-    starts = tuple(i * padded for i in range(len(q_seqlens)))
-    rows = row_index(starts, q_seqlens).to(lse.device)
-    return lse.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-
-
-def pack_lse(lse_TH: torch.Tensor, q_seqlens: tuple[int, ...], *, packed: bool) -> torch.Tensor:
-    """lse `[T, H]` as a kernel wants it: packed `[1, H, T]` (flash) or padded `[N, H, M]`.
-
-    Padding is infinite, so that the probabilities of the rows which are not there vanish.
-    """
-    if packed:
-        return lse_TH.T.contiguous().unsqueeze(0)
-    padded = -(-max(q_seqlens) // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
-    out = lse_TH.new_full((len(q_seqlens) * padded, lse_TH.shape[1]), float("inf"))
-    starts = tuple(i * padded for i in range(len(q_seqlens)))
-    out.index_copy_(0, row_index(starts, q_seqlens).to(lse_TH.device), lse_TH)
-    out_NMH = out.unflatten(0, (len(q_seqlens), padded))
-    return out_NMH.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
-def _run_forward(
-    kernel: Callable[..., Any],
-    q_THP: torch.Tensor,
-    k_SHP: torch.Tensor,
-    v_SHP: torch.Tensor,
-    plan: MaskPlan,
-    scale: float,
-) -> Any:
-    """One of xformers' forwards on packed rows; ValueError if it has no kernel for them."""
-    qkv = (q_THP, *_keys_for(k_SHP, v_SHP, plan, q_THP.shape[1]))
-    try:
-        return kernel(*(x.unsqueeze(0) for x in qkv), plan.mask, scale=scale)
-    except NotImplementedError as error:  # what xformers' dispatch raises
-        raise _refusal("forward", q_THP, str(error)) from error
-
-
-def _refusal(direction: str, q_THP: torch.Tensor, reasons: str) -> ValueError:
-    return ValueError(
-        f"impl='xformers': expected inputs that a {direction} kernel takes, got {q_THP.dtype} with "
-        f"head width {q_THP.shape[-1]} on {q_THP.device}; bfloat16 with a head width divisible by "
-        f"8 has the widest support. xformers says: {reasons}"
+    for family in (fmha.flash3, fmha.flash, fmha.cutlass):
+        needed = (family.FwOp, family.BwOp) if backward else (family.FwOp,)
+        against = {op.NAME: op.not_supported_reasons(inputs) for op in needed}
+        if not any(against.values()):
+            return family.FwOp, family.BwOp
+        reasons += [f"{name}: {'; '.join(why)}" for name, why in against.items() if why]
+    raise ValueError(
+        f"impl='xformers': expected inputs that its kernels take, got {q_1THP.dtype} with head "
+        f"size {q_1THP.shape[-1]} on {q_1THP.device}; use impl='torch', or bfloat16 with a head "
+        f"size divisible by 8. xformers says: {' | '.join(reasons)}"
     )
 
 
-def _keys_for(
-    k_SHP: torch.Tensor, v_SHP: torch.Tensor, plan: MaskPlan, heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values under the mask, with as many heads as the queries.
+def _operators_of(
+    layout: AttentionLayout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Any,
+    scale: float,
+    *,
+    backward: bool,
+) -> tuple[Any, Any]:
+    """`operators`, asked for once per layout: every layer has the same shapes."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return layout.memoised(
+        ("xformers operators", q.device, q.dtype, q.shape[2:], backward, deterministic),
+        lambda: operators(_fmha(), q, k, v, mask, scale, backward=backward),
+    )
+
+
+def _batched(
+    q_THP: torch.Tensor, k_SGP: torch.Tensor, v_SGP: torch.Tensor, plan: MaskPlan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, and the keys and values under the mask, as a batch of one and with equal heads.
 
     Grouped heads are repeated rather than passed in xformers' 5-d format: its backward kernels do
     not take it, and its CUTLASS forward would run every group on a side stream of its own.
     """
-    group = heads // k_SHP.shape[1]
+    repeat = q_THP.shape[1] // k_SGP.shape[1]
     if plan.kv_index is not None:
-        k_SHP, v_SHP = (x.index_select(0, plan.kv_index) for x in (k_SHP, v_SHP))
-    if group > 1:
-        k_SHP, v_SHP = (x.repeat_interleave(group, dim=1) for x in (k_SHP, v_SHP))
-    return k_SHP, v_SHP
+        k_SGP, v_SGP = (x.index_select(0, plan.kv_index) for x in (k_SGP, v_SGP))
+    if repeat > 1:
+        k_SGP, v_SGP = (x.repeat_interleave(repeat, dim=1) for x in (k_SGP, v_SGP))
+    return q_THP.unsqueeze(0), k_SGP.unsqueeze(0), v_SGP.unsqueeze(0)
 
 
+@functools.cache
 def _fmha() -> Any:
+    _load_cuda_runtime()
     try:
         from xformers.ops import fmha
     except ImportError as error:
@@ -266,3 +225,20 @@ def _fmha() -> Any:
             f"({error}); install it with: pip install 'boe-vllm[cuda]'"
         ) from error
     return fmha
+
+
+def _load_cuda_runtime() -> None:
+    """Load CUDA 12's runtime from its wheel, where there is one.
+
+    xformers' library asks for it by name; beside a PyTorch for CUDA 13 nothing else loads it, and
+    xformers would then have no operators at all. Without the wheel xformers says so itself.
+    """
+    try:
+        wheel = importlib.util.find_spec("nvidia.cuda_runtime")
+    except ModuleNotFoundError:
+        return
+    for folder in (wheel and wheel.submodule_search_locations) or ():
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.exists():
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

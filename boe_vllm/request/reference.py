@@ -20,7 +20,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from boe_vllm.policies import POLICY_NAMES, Policy, load_policy
+from boe_vllm.policies import POLICY_NAMES, Policy, PolicyConfig, load_policy
 from boe_vllm.request.config import DEFAULT_POLICY, FrameConfig, ServerConfig
 from boe_vllm.request.given_text import GivenText
 from boe_vllm.request.limits import EngineSettings
@@ -70,7 +70,7 @@ class PolicyEntry:
 
     name: str
     summary: str
-    """First sentence of its module."""
+    """What it does, in a sentence."""
     source: str
     """Where the rule comes from."""
     passes: str
@@ -126,8 +126,7 @@ def policy_entry(name: str) -> PolicyEntry:
         ValueError: for a name that no policy has.
     """
     policy = load_policy(name)
-    module = sys.modules[policy.__module__]
-    summary = _first_sentence(module.__doc__ or policy.__doc__ or "")
+    summary = _summary(policy)
     return PolicyEntry(
         name=name,
         summary=summary,
@@ -178,11 +177,18 @@ def fields_of(cls: type) -> tuple[Field, ...]:
     return tuple(found)
 
 
+def _summary(policy: type[Policy]) -> str:
+    """First sentence of the policy's settings class, or of its module if that says nothing."""
+    text = policy.Config.__doc__ or ""
+    if not text or policy.Config is PolicyConfig or text.startswith("Settings of"):
+        text = sys.modules[policy.__module__].__doc__ or policy.__doc__ or policy.name
+    return _first_sentence(text)
+
+
 def _presets(policy: type[Policy]) -> Mapping[str, Mapping[str, Any]]:
-    """`PRESETS` of the module that declares the policy's settings, if they have a preset."""
+    """`presets` of the settings class, or `PRESETS` of its module."""
     module = sys.modules[policy.Config.__module__]
-    own = {field.name for field in dataclasses.fields(policy.Config)}
-    return getattr(module, "PRESETS", {}) if "preset" in own else {}
+    return getattr(policy.Config, "presets", None) or getattr(module, "PRESETS", {})
 
 
 @functools.cache
@@ -258,4 +264,4 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _first_sentence(text: str) -> str:
     joined = " ".join(text.split())
-    return re.split(r"(?<=[a-z)\]`])[.:] (?=[A-Z`])|\.$", joined)[0]
+    return re.split(r"(?<=[a-z)\]`])\. (?=[A-Z`])|\.$", joined)[0]

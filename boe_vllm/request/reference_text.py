@@ -133,10 +133,12 @@ def _markdown_of_section(section: Section) -> str:
 def _overview(entries: Sequence[PolicyEntry]) -> str:
     """All policies in one table."""
     rows = [
-        f"| [`{entry.name}`](#{entry.name}) | {_cell(entry.source)} | {_cell(entry.passes)} |"
+        f"| [`{entry.name}`](#{entry.name}) | {_cell(entry.summary)} | {_cell(entry.source)} | "
+        f"{_cell(entry.passes)} |"
         for entry in entries
     ]
-    return "\n".join(["| policy | source | passes in a step |", "|---|---|---|", *rows, ""])
+    head = ["| policy | what it does | source | passes in a step |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
 
 
 def _table(fields: Sequence[Field]) -> str:

@@ -181,6 +181,7 @@ def admit(
     resolved = (params.extra_args or {}).get(KEY)
     if not isinstance(resolved, ResolvedRequest):
         _refuse_what_would_be_ignored(params)
+        check_transport(params)  # the Python interface takes values of any type
         resolved = _resolve(prompt_token_ids, params, vllm_config)
     _complete(params, resolved)
     return resolved

@@ -269,15 +269,15 @@ def test_metrics_add_up_to_the_reports(url, client):
     assert grown("vllm:request_queue_time_seconds_count") == 5
 
 
-def test_the_readmes_series_exist_and_agree_with_each_other(url, client):
+def test_the_documents_series_exist_and_agree_with_each_other(url, client):
     before = scrape(url)
     for n, policy in enumerate(("boe", "eb", "remdm", "lookum", "boe")):
         fields = {"policy": policy, "tokens_per_step": 1 + n % 2, "block_length": 8}
         query(client, max_tokens=16, fields=fields, temperature=n / 4, seed=n, extra=WHOLE)
     query(client, max_tokens=1)
     after = scrape(url)
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    names = re.findall(r"boe:\w+", readme)
+    serving = (EXAMPLES.parent / "docs" / "serving.md").read_text()
+    names = re.findall(r"boe:\w+", serving)
     assert len(set(names)) == 12
     for name in names:
         samples = [key for key in after if key[0] in (name, f"{name}_count")]

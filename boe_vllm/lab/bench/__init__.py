@@ -9,6 +9,7 @@
     memory       peak memory of the same steps
     overhead     the engine's share of a step beside the network
     fidelity     gain scores and couplings against their oracles
+    predict      what a step of each policy would take on a GPU, from counted passes
 
 `common` holds what they share (options, timing), `machine` what was measured on, `flops` what was
 computed, `checkpoint` the weights. `baseline` and `dense` are what people run today, written

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "memory",
     "overhead",
     "fidelity",
+    "predict",
 )
 
 
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit status.
 
     A benchmark is a module of this package with `add_arguments(parser)`, which sets its defaults
-    and adds its own options, and `run(args)`, which prints and returns an exit status or None.
+    and adds its own options, and `run(args)`, which prints and returns an exit status or None. One
+    that sets `COMMON_OPTIONS` to False has only its own options.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: boe-vllm bench {{{','.join(BENCHMARKS)}}} [options]"
@@ -45,10 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common.add_arguments(parser)
+    shares = getattr(module, "COMMON_OPTIONS", True)
+    if shares:
+        common.add_arguments(parser)
     module.add_arguments(parser)
     try:
-        args = common.checked(parser.parse_args(rest))
+        args = parser.parse_args(rest)
+        if shares:
+            args = common.checked(args)
         return module.run(args) or 0
     except common.UsageError as error:
         parser.error(str(error))

@@ -90,9 +90,15 @@ def clear(loop: DenoisingLoop) -> None:
 
 
 def open_request(
-    loop: DenoisingLoop, number: int, prompt: list[int], config: SamplerConfig, *, canvas: int
+    loop: DenoisingLoop,
+    number: int,
+    prompt: list[int],
+    config: SamplerConfig,
+    *,
+    canvas: int,
+    temperature: float = 0.0,
 ) -> None:
-    """Put a request into the loop: greedy, with its number for name and seed.
+    """Put a request into the loop, with its number for name and seed.
 
     Args:
         loop: where to.
@@ -100,10 +106,11 @@ def open_request(
         prompt: token ids.
         config: its settings.
         canvas: tokens of its canvas.
+        temperature: of its draws; 0 is greedy.
     """
     length = len(prompt) + canvas
     plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=canvas, max_model_len=length)
-    params = ResolvedRequest(config=config, plan=plan, temperature=0.0, seed=number)
+    params = ResolvedRequest(config=config, plan=plan, temperature=temperature, seed=number)
     loop.add(str(number), prompt, params)
 
 

@@ -9,27 +9,28 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from boe_vllm.base.process_memory import keep_freed_memory
-from boe_vllm.decoding.loop import DenoisingLoop
+from boe_vllm.decoding.loop import DenoisingLoop, StepResult
+from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.eval.answers import Answer, cut_at_end, cut_at_stops
 from boe_vllm.lab.eval.cells import Job
 from boe_vllm.lab.eval.prompts import Prompts
 from boe_vllm.lab.eval.settings import Settings
-from boe_vllm.lab.pictures.denoiser import load
 from boe_vllm.lab.tasks import Task
-from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.resolve import SamplingFields
+from boe_vllm.request.resolved import ResolvedRequest
 
 RUNNING = 64
 """Items that are decoded at a time."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Running:
     """One request on its way."""
 
     job: Job
+    request: ResolvedRequest
     scheduled: float
     tokens: list[int] = dataclasses.field(default_factory=list)
     """What the engine would have sent so far."""
@@ -51,7 +52,10 @@ class InProcess:
             )
         keep_freed_memory()  # as our worker does
         self._settings, self._tasks = settings, tasks
-        self._denoiser = load(settings.model)
+        server = {} if settings.frequencies is None else {"frequencies": str(settings.frequencies)}
+        self._denoiser = Denoiser.from_pretrained(
+            settings.model, settings={"sampler_config": server}
+        )
 
     def run(self, jobs: Iterable[Job], prompts: Prompts) -> Iterator[Answer]:
         """Answers to the jobs, in the order in which they finish.
@@ -65,51 +69,51 @@ class InProcess:
         number = 0
         while waiting or running:
             while waiting and len(running) < RUNNING:
-                job = waiting.pop()
-                self._open(loop, str(number), job, prompts)
-                running[str(number)] = Running(job, time.perf_counter())
+                running[str(number)] = self._open(loop, str(number), waiting.pop(), prompts)
                 number += 1
             for name, result in loop.step(list(running)).items():
-                request = running[name]
                 if result.error is not None:
-                    raise ValueError(f"{_name(request.job)}: {result.error}")
-                request.tokens += result.tokens
-                text, reason = self._end(request)
-                if reason is None and result.done:
-                    reason = "length"
-                if reason is not None:
-                    assert result.report is not None
+                    raise ValueError(f"{_name(running[name].job)}: {result.error}")
+                running[name].tokens += result.tokens
+                answer = self._answer(running[name], result)
+                if answer is not None:
                     loop.remove(name)
-                    yield _answer(running.pop(name), text, reason, result.report)
+                    del running[name]
+                    yield answer
 
-    def _open(self, loop: DenoisingLoop, name: str, job: Job, prompts: Prompts) -> None:
+    def _open(self, loop: DenoisingLoop, name: str, job: Job, prompts: Prompts) -> Running:
         tokens = self._tokens(job, prompts)
+        sampling = SamplingFields(
+            max_tokens=job.cell.gen_length, temperature=self._settings.temperature, seed=job.seed
+        )
         try:
-            resolved = self._denoiser.resolve(
-                parse_sampler_config(job.cell.fields, base=self._settings.server),
-                prompt_len=len(tokens),
-                max_tokens=job.cell.gen_length,
-                temperature=self._settings.temperature,
-                seed=job.seed,
-            )
+            request = self._denoiser.resolve(tokens, sampling, job.cell.fields)
         except ValueError as error:
             raise ValueError(f"{_name(job)}: {error}") from error
-        loop.add(name, tokens, resolved)
+        loop.add(name, tokens, request)
+        return Running(job=job, request=request, scheduled=time.perf_counter())
 
-    def _end(self, request: Running) -> tuple[str, str | None]:
-        """The request's text, and why it ends now if it does; tokens beyond its end are cut."""
-        length = request.job.cell.gen_length
-        reason = "length" if len(request.tokens) >= length else None
-        del request.tokens[length:]
-        shown = cut_at_end(request.tokens, self._denoiser.config.eos_token_id)
-        if not self._settings.whole_canvas and len(shown) < len(request.tokens):
-            del request.tokens[len(shown) + 1 :]
-            reason = "stop"
-        whole = self._denoiser.decode(shown)
-        text = cut_at_stops(whole, self._tasks[request.job.cell.task].stop)
-        if text != whole and not self._settings.whole_canvas:
-            reason = "stop"
-        return text, reason
+    def _answer(self, running: Running, result: StepResult) -> Answer | None:
+        """The answer, if the request ends with this step; None if it goes on."""
+        if result.report is None:
+            return None
+        whole, end = self._settings.whole_canvas, self._denoiser.special.eos
+        stops = self._tasks[running.job.cell.task].stop
+        ends = ((), ()) if whole else ((end,), stops)
+        tokens, text, reason = self._denoiser.cut(running.request, running.tokens, *ends)
+        if whole:
+            text = cut_at_stops(self._denoiser.decode(cut_at_end(tokens, end)), stops)
+        if reason == "length" and not result.done and len(tokens) < running.request.max_tokens:
+            return None
+        return Answer(
+            job=running.job,
+            text=text,
+            token_ids=tokens,
+            finish_reason=reason,
+            report=dict(result.report),
+            scheduled=running.scheduled,
+            finished=time.perf_counter(),
+        )
 
     def _tokens(self, job: Job, prompts: Prompts) -> list[int]:
         given = prompts(job.item)
@@ -123,18 +127,6 @@ class InProcess:
             if job.cell.fields.get("cache", "none") != "none"
         ]
         return RUNNING * max(rows, default=0)
-
-
-def _answer(request: Running, text: str, reason: str, report: dict[str, Any]) -> Answer:
-    return Answer(
-        job=request.job,
-        text=text,
-        token_ids=request.tokens,
-        finish_reason=reason,
-        report=dict(report),
-        scheduled=request.scheduled,
-        finished=time.perf_counter(),
-    )
 
 
 def _name(job: Job) -> str:

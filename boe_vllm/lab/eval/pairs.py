@@ -27,19 +27,20 @@ def compare(
         paired: label of the chosen variant.
         against: labels of its rivals.
     """
-    by_place = {
-        (cell.task, cell.gen_length, cell.tokens_per_step, cell.label): (row, outcomes[cell.key])
-        for cell, row in zip(cells, rows, strict=True)
-        if cell.key in outcomes
-    }
+    known: dict[tuple[str, int, int], dict[str, tuple[Row, Sequence[bool]]]] = {}
+    for cell, row in zip(cells, rows, strict=True):
+        if cell.key in outcomes:
+            place = cell.task, cell.gen_length, cell.tokens_per_step
+            known.setdefault(place, {})[cell.label] = row, outcomes[cell.key]
     compared = []
-    for (*place, label), (row, valid) in by_place.items():
-        if label != paired:
+    for here in known.values():
+        if paired not in here:
             continue
+        row, valid = here[paired]
         for rival in against:
-            other = by_place.get((*place, rival))
-            if other is not None and rival != paired:
-                compared.append(_row(row, other[0], mcnemar(valid, other[1])))
+            if rival in here and rival != paired:
+                other, theirs = here[rival]
+                compared.append(_row(row, other, mcnemar(valid, theirs)))
     return compared
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.decoding.canvas import Canvas
+from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.eval.cells import item_seed
-from boe_vllm.lab.pictures.denoiser import Denoiser
 from boe_vllm.lab.pictures.influence import Linearised, influence
 from boe_vllm.lab.pictures.trajectory import Recording, Step, Trajectory
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
-from boe_vllm.request.config import SamplerConfig, parse_sampler_config
+from boe_vllm.request.resolve import SamplingFields
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.sampling.statistics import RowStatistics
 
@@ -104,7 +104,6 @@ class Recorder:
         *,
         label: str,
         fields: Mapping[str, Any],
-        base: SamplerConfig | None = None,
         top: int = 5,
         surrogate: Linearised | None = None,
     ) -> None:
@@ -115,7 +114,6 @@ class Recorder:
             request: what is decoded.
             label: the policy's name in pictures.
             fields: the policy and its settings, as a request has them.
-            base: the server's settings, if any.
             top: most likely tokens that are noted per position.
             surrogate: where influences are linearised; None measures none: they cost a backward
                 per masked position and step.
@@ -123,30 +121,28 @@ class Recorder:
         Raises:
             ValueError: naming a field that does not fit, or a prompt that has masks in it.
         """
-        config = parse_sampler_config(fields, base=base or SamplerConfig())
         prompt = denoiser.encode(request.prompt)
         self.denoiser, self.request, self.label = denoiser, request, label
         self.steps: list[Step] = []
         self._surrogate = surrogate
-        if denoiser.config.mask_token_id in prompt:
+        if denoiser.special.mask in prompt:
             raise ValueError(
                 "--prompt: expected text without the mask token, got one; leave it out"
             )
-        resolved = denoiser.resolve(
-            config,
-            prompt_len=len(prompt),
+        sampling = SamplingFields(
             max_tokens=request.gen_length,
             temperature=request.temperature,
             seed=request.draws,
-            top_logprobs=top,
+            logprobs=top,
         )
-        rows = (len(prompt) + resolved.plan.gen_length) * (config.frame.cache != "none")
+        resolved = denoiser.resolve(prompt, sampling, fields)
+        rows = (len(prompt) + resolved.plan.gen_length) * (resolved.config.frame.cache != "none")
         self.loop = denoiser.open_loop(rows)
         self.canvas = self.loop.canvases[REQUEST] = ObservedCanvas(
             prompt,
             resolved,
             special=self.loop.special,
-            vocab_size=denoiser.config.vocab_size,
+            vocab_size=denoiser.model.vocab_size,
             pool=self.loop.pool,
         )
         self._sent: list[int] = []

@@ -7,7 +7,6 @@ as a page, a figure, or JSON.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -157,9 +156,8 @@ def open_recorders(args: argparse.Namespace) -> tuple[Request, list[Recorder]]:
                 f"lower it"
             )
         item = items[args.item]
-    # Imported only now: vLLM takes seconds, and a wrong argument should be told before.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from boe_vllm.lab.pictures.denoiser import load
+    # Imported only now: torch takes seconds, and a wrong argument should be told before.
+    from boe_vllm.denoiser import Denoiser
     from boe_vllm.lab.pictures.recorder import Recorder, Request
     from boe_vllm.request.config import parse_sampler_config
 
@@ -178,14 +176,15 @@ def open_recorders(args: argparse.Namespace) -> tuple[Request, list[Recorder]]:
     frame = {"block_length": block, "tokens_per_step": args.tokens_per_step}
     for variant in variants:
         parse_sampler_config(frame | variant.fields, base=base)
-    denoiser = load(args.model, args.device)
+    denoiser = Denoiser.from_pretrained(
+        args.model, device=args.device, settings={"sampler_config": server}
+    )
     return request, [
         Recorder(
             denoiser,
             request,
             label=variant.label,
             fields=frame | variant.fields,
-            base=base,
             surrogate=None if surrogate == "none" else surrogate,
         )
         for variant in variants
