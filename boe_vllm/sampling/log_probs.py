@@ -159,7 +159,8 @@ class LogProbabilities:
             numbers = self.constraint_R[index_N]
             edits = [self.table.edits(numbers[places], transfer) for places in spans]
         for n, places in enumerate(spans):
-            index = chosen[n].tensor if isinstance(chosen[n], Arrival) else chosen[n]
+            arrival = chosen[n]
+            index = arrival.tensor if isinstance(arrival, Arrival) else arrival
             if self._saved_rows is not None:
                 yield places, self._saved_rows[index]
             else:
