@@ -1,4 +1,4 @@
-"""Requests of every kind, decoded on the CPU and on the pretended CUDA device, with what it cost."""
+"""Requests of every kind for the CPU and the pretended CUDA device, and what they cost there."""
 
 from __future__ import annotations
 

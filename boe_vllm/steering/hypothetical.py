@@ -19,7 +19,7 @@ from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.functional import rms_norm
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedPass
-from boe_vllm.sampling.statistics import LogProbabilities
+from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Place, combined
 from boe_vllm.steering.step import DenoisingPass
 

@@ -309,8 +309,8 @@ def test_broken_logits_fail_one_request_and_no_other(model):
     weight = model.wte.weight.data[broken].clone()
     try:
         model.wte.weight.data[broken] = float("nan")
-        loop.add("bad", [1, broken], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
-        loop.add("good", [1, 2], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
+        loop.add("bad", [1, broken], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
+        loop.add("good", [1, 2], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
         results = loop.step(["bad", "good"])
     finally:
         model.wte.weight.data[broken] = weight
