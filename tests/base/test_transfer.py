@@ -1,10 +1,12 @@
-"""Many host arrays arrive as they were, parts of one allocation."""
+"""Host arrays arrive as they were: in one copy on a device, without any on the CPU."""
 
 import numpy as np
 import pytest
 import torch
+from pretended_counts import BLOCKING, LAUNCH, NON_BLOCKING
+from pretended_cuda import CUDA, PretendedDevice
 
-from boe_vllm.base.transfer import to_device
+from boe_vllm.base.transfer import Transfer, to_device
 
 DEVICES = [
     "cpu",
@@ -32,10 +34,28 @@ def test_arrays_keep_shape_dtype_and_values(device):
     for array, tensor in zip(arrays, moved, strict=True):
         assert tensor.device.type == device
         assert torch.equal(tensor.cpu(), torch.from_numpy(np.ascontiguousarray(array)))
-    assert len({x.untyped_storage().data_ptr() for x in moved}) == 1
+    places = {x.untyped_storage().data_ptr() for x in moved}
+    if device == "cpu":
+        assert places >= {array.ctypes.data for array in arrays if array.size}
+    else:
+        assert len(places) == 1
 
 
 def test_nothing_and_only_empty_arrays_move():
     assert to_device([], torch.device("cpu")) == []
     (only,) = to_device([np.empty((0, 3), np.int64)], torch.device("cpu"))
     assert only.shape == (0, 3) and only.dtype == torch.int64
+
+
+def test_arrays_that_are_announced_travel_together():
+    device = PretendedDevice()
+    with device:
+        transfer = Transfer(CUDA)
+        first, second = transfer.add(np.arange(3)), transfer.add(np.eye(2), torch.bfloat16)
+        assert not device.counts.total(NON_BLOCKING)
+        assert second.tensor.tolist() == [[1, 0], [0, 1]] and second.tensor.dtype == torch.bfloat16
+        assert first.tensor.tolist() == [0, 1, 2] and first.tensor.device == CUDA
+        assert device.counts.total(NON_BLOCKING) == 1
+        assert transfer.add(np.ones(1)).tensor.tolist() == [1]
+    assert device.counts.total(NON_BLOCKING) == 2
+    assert device.counts.total(BLOCKING, LAUNCH) == 0
