@@ -38,7 +38,6 @@ def test_everything_is_ok_on_the_cpu(capsys):
     kinds = {line["check"] for line in found}
     assert kinds > {"facts", "ceilings", "attention", "products", "functions", "tokens", "steps"}
     assert {line["scenario"] for line in found if line["check"] == "tokens"} == set(DECODES)
-    assert len(DECODES) == 13
     for line in found:
         if line["check"] == "steps":
             assert line["predicted_ms"] > 0 and line["passes"] >= 1 and line["rows"] >= 1

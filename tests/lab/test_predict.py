@@ -160,7 +160,7 @@ def test_the_passes_of_a_joint_step_and_of_a_steered_one(model):
     assert [one.rows for one in steps[0][0]] == [2 * 28, 2 * 8]
     assert steps[0][0][0].pairs == 2 * 28 * 28 and steps[0][0][0].keys == 2 * 28
     assert steps[0][1][0].rows == 2 * 4  # of four candidates two are written, all run again
-    fields = {**STEPS["boe"], "rho": 0.5}
+    fields = {**STEPS["boe kv"], "rho": 0.5}
     _, ((first, second, *rest),) = recorded(model, fields, 1, steps=1)
     assert [one.kind for one in first] == ["saving", "logits"]
     assert [(one.kind, one.rows) for one in second] == [

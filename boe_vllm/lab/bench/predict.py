@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=common.integers, default=[1, 8, 25, 64])
     known = list(STEPS)
     parser.add_argument(
-        "--policies", type=common.names(known), default=known[:5], help=f"out of {known}"
+        "--policies", type=common.names(known), default=known[:6], help=f"out of {known}"
     )
     parser.add_argument("--caches", type=common.names(CACHES), default=["none", "dual"])
     parser.add_argument("--states", choices=("random", "puzzles"), default="random")
