@@ -14,6 +14,7 @@ and, for a torch built for CUDA 13, nvidia-cuda-runtime-cu12 are installed.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if every check is ok."""
     args = parse(arguments)
     sys.path.insert(0, str(ROOT))  # a bare machine has the sources and no installation
-    from boe_vllm.lab.gpu.run import run
-
+    try:
+        from boe_vllm.lab.gpu.run import run
+    except ImportError as error:
+        missing = f"{error}; --help names the wheels that are needed"
+        print(json.dumps({"check": "imports", "ok": False, "error": missing}))
+        return 1
     return run(args.device, small=args.small, budget=args.budget)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-GRID = 2**-16
-
 
 @dataclasses.dataclass
 class Masks:
@@ -34,22 +32,16 @@ class Masks:
 
 
 def best(scores, count, late=None):
-    """Indices of the `count` best; equal on the grid: the lower index; late ones after the rest."""
+    """Indices of the `count` best; of equal ones the lower index; late ones after the rest."""
 
     def key(i):
-        if late and late[i]:
-            return (1, 0, i)
-        score = scores[i]
-        return (0, -score if math.isinf(score) else -round(score / GRID), i)
+        return (1, 0, i) if late and late[i] else (0, -scores[i], i)
 
     return sorted(range(len(scores)), key=key)[:count]
 
 
 def gumbel(scores, alg_temp, uniforms):
-    return [
-        round(s / GRID) * GRID / alg_temp - math.log(-math.log(u))
-        for s, u in zip(scores, uniforms, strict=True)
-    ]
+    return [s / alg_temp - math.log(-math.log(u)) for s, u in zip(scores, uniforms, strict=True)]
 
 
 def certainty(masks, name, alg_temp=0.0):

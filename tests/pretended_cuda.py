@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pretended_attention
-import pretended_indexing as indexing
+import pretended_library as library
 import torch
 from pretended_counts import (
     BLOCKING,
@@ -84,10 +84,10 @@ class Pretended(torch.Tensor):
     # PyTorch's own versions of these ask a CUDA library for its current device.
 
     def __getitem__(self, index):
-        return indexing.getitem(self, index)
+        return library.getitem(self, index)
 
     def __setitem__(self, index, value):
-        indexing.setitem(self, index, value)
+        library.setitem(self, index, value)
 
     def item(self):
         return torch.ops.aten._local_scalar_dense.default(self)
@@ -123,7 +123,7 @@ class PretendedDevice(TorchDispatchMode):
     def __enter__(self):
         global _device
         _device = self
-        self._patches.enter_context(_without_cuda_library())
+        self._patches.enter_context(library.without_cuda_library())
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -288,17 +288,3 @@ def _wrapped(x: Any, known: dict[int, Pretended]) -> Any:
     if not isinstance(x, torch.Tensor) or isinstance(x, Pretended):
         return x
     return known[id(x)] if id(x) in known else Pretended(x)
-
-
-@contextlib.contextmanager
-def _without_cuda_library():
-    """PyTorch built for the CPU would refuse to name the device; functions that ask for its library
-    are replaced for the time being."""
-    torch._C._ensureCUDADeviceGuardSet()
-    before = torch.cuda._lazy_init, torch.cuda.current_device, torch.tensor, torch.as_tensor
-    torch.cuda._lazy_init, torch.cuda.current_device = lambda: None, lambda: 0
-    torch.tensor, torch.as_tensor = indexing.tensor, indexing.as_tensor
-    try:
-        yield
-    finally:
-        torch.cuda._lazy_init, torch.cuda.current_device, torch.tensor, torch.as_tensor = before

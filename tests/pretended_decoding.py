@@ -1,4 +1,4 @@
-"""Requests of every kind, decoded on the CPU and on the pretended CUDA device, with what it cost."""
+"""Requests of every kind for the CPU and the pretended CUDA device, and what they cost there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pretended_flash  # noqa: F401
 import torch
 from oracle import random_weights, small_config
 from pretended_cuda import CUDA, PretendedDevice, move
@@ -20,7 +19,8 @@ from boe_vllm.models.build import empty_model
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.boe_config import PRESETS
-from boe_vllm.request.config import parse_sampler_config, plan_canvas
+from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 

@@ -16,16 +16,10 @@ import numpy as np
 
 from boe_vllm.sampling import randomness
 
-GRID = 2**-16
-
-
-def on_grid(score):
-    return score if math.isinf(score) else round(score / GRID)
-
 
 def best(scores, count):
-    """Indices of the `count` best; equal on the grid: the lower index."""
-    return sorted(range(len(scores)), key=lambda i: (-on_grid(scores[i]), i))[:count]
+    """Indices of the `count` best; of equal ones the lower index."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
 def number(seed, step, position, stream):
@@ -40,6 +34,8 @@ class Model:
     """Of a sequence: one row of logits for every position."""
     mask: int
     forwards: int = 0
+    grid: float | None = None
+    """What statistics are multiples of, as a toy's are."""
 
     def predict(self, tokens):
         """Every position's probabilities, the mask token excluded; counts one forward."""
@@ -52,6 +48,24 @@ class Model:
             total = math.fsum(weights)
             rows.append([w / total for w in weights])
         return rows
+
+    def statistic(self, value):
+        return value if self.grid is None else round(value / self.grid) * self.grid
+
+    def confidence(self, p):
+        return self.statistic(max(p))
+
+    def margin(self, p):
+        first, second = sorted(p, reverse=True)[:2]
+        return self.statistic(first - second)
+
+    def entropy(self, p):
+        return self.statistic(entropy(p))
+
+    def certainty(self, p, name):
+        if name == "entropy":
+            return -self.entropy(p)
+        return {"confidence": self.confidence, "margin": self.margin}[name](p)
 
 
 def entropy(p):
@@ -148,7 +162,7 @@ def remdm(decoding, *, steps_of, schedule="cap", eta=0.008, **loop):
                         after[i] = mask
                 elif number(decoding.seed, k, i, randomness.CHOOSE) < reveal:
                     after[i] = argmax(p[i])
-                    stored[i] = max(p[i])
+                    stored[i] = decoding.model.confidence(p[i])
             decoding.x = after
     return decoding
 
@@ -171,9 +185,9 @@ def remdm_llada(decoding, *, steps_of, number=1):
             count = number if window else next(turns, 0)
             p = decoding.predict(own)
             masked = decoding.masked(own)
-            for n in best([max(p[i]) for i in masked], count):
+            for n in best([decoding.model.confidence(p[i]) for i in masked], count):
                 decoding.x[masked[n]] = argmax(p[masked[n]])
-                stored[masked[n]] = max(p[masked[n]])
+                stored[masked[n]] = decoding.model.confidence(p[masked[n]])
     return decoding
 
 
@@ -191,10 +205,10 @@ def p2(decoding, *, steps_of, eta=1.0):
             to_mask = math.floor(len(own) * (1 - kappa))
             score = {}
             for j in own:
-                log_p = math.log(max(p[j]))
+                log_p = math.log(decoding.model.confidence(p[j]))
                 score[j] = log_p if decoding.x[j] == mask else eta * log_p
             # Lowest first; of equal ones masks before written ones, later positions before earlier.
-            order = sorted(own, key=lambda j: (on_grid(score[j]), decoding.x[j] != mask, -j))
+            order = sorted(own, key=lambda j: (score[j], decoding.x[j] != mask, -j))
             lowest = set(order[:to_mask])
             for j in own:
                 if j in lowest:
@@ -208,10 +222,7 @@ def p2(decoding, *, steps_of, eta=1.0):
 
 
 def gumbel(scores, temperature, uniforms):
-    return [
-        on_grid(s) * GRID / temperature - math.log(-math.log(u))
-        for s, u in zip(scores, uniforms, strict=True)
-    ]
+    return [s / temperature - math.log(-math.log(u)) for s, u in zip(scores, uniforms, strict=True)]
 
 
 def future(decoding, x, observe, own):
@@ -223,7 +234,7 @@ def future(decoding, x, observe, own):
         "masked": [i for i in range(len(x)) if x[i] == mask],
         "all": list(range(len(x))),
     }[observe]
-    return math.fsum(entropy(p[i]) for i in seen) / len(seen) if seen else 0.0
+    return math.fsum(decoding.model.entropy(p[i]) for i in seen) / len(seen) if seen else 0.0
 
 
 def written(decoding, chosen, p):
@@ -251,7 +262,7 @@ def info_gain(
                 decoding.model.forwards -= 1
             looked = False
             b = min(len(masked), max(1, due[turn] if turn < len(due) else 1))
-            confidence = [max(p[i]) for i in masked]
+            confidence = [decoding.model.confidence(p[i]) for i in masked]
             if bypass > 0 and all(c >= bypass for c in confidence):
                 sets = [best(confidence, len(masked) if bypass_writes == "all" else b)]
             else:
@@ -271,7 +282,7 @@ def info_gain(
                     action = [masked[n] for n in chosen]
                     gain = -future(decoding, written(decoding, action, p), observe, own)
                     if cost:
-                        gain -= math.fsum(entropy(p[i]) for i in action)
+                        gain -= math.fsum(decoding.model.entropy(p[i]) for i in action)
                     gains.append(gain)
                 sets = [sets[best(gains, 1)[0]]]
                 looked = True
@@ -298,14 +309,7 @@ def lookum(
                 decoding.model.forwards -= 1
             looked = False
             b = min(len(masked), max(1, due[turn]))
-            sure = []
-            for i in masked:
-                first, second = sorted(p[i], reverse=True)[:2]
-                sure.append(
-                    {"confidence": first, "margin": first - second, "entropy": -entropy(p[i])}[
-                        certainty
-                    ]
-                )
+            sure = [decoding.model.certainty(p[i], certainty) for i in masked]
             size = pool_size
             if pool_threshold is not None:
                 size = sum(c >= pool_threshold for c in sure)
@@ -334,10 +338,7 @@ def lookum(
                 if tau == 0:
                     pick = best([rewards[c] for c in distinct], 1)[0]
                 else:
-                    weights = [
-                        drawn.count(c) * math.exp(on_grid(rewards[c]) * GRID / tau)
-                        for c in distinct
-                    ]
+                    weights = [drawn.count(c) * math.exp(rewards[c] / tau) for c in distinct]
                     u = number(decoding.seed, step, 0, randomness.LOOKAHEAD) * sum(weights)
                     while u >= weights[pick]:
                         u -= weights[pick]
@@ -360,14 +361,7 @@ def lookahead(
             masked = decoding.masked(own)
             p = decoding.predict(own)
             b = min(len(masked), max(1, due[turn]))
-            by = []
-            for i in masked:
-                first, second = sorted(p[i], reverse=True)[:2]
-                by.append(
-                    {"confidence": first, "margin": first - second, "entropy": -entropy(p[i])}[
-                        prefilter
-                    ]
-                )
+            by = [decoding.model.certainty(p[i], prefilter) for i in masked]
             wanted = max(b, math.ceil(rho * len(masked)))
             candidates = best(by, wanted)
             scores = [-math.inf] * len(masked)
@@ -381,9 +375,9 @@ def lookahead(
                     else:
                         then = state(decoding.x, i, p)
                     rest = [j for j in masked if j != i]
-                    scores[n] = -math.fsum(entropy(then[j]) for j in rest)
+                    scores[n] = -math.fsum(decoding.model.entropy(then[j]) for j in rest)
                     if score == "drop":
-                        scores[n] += math.fsum(entropy(p[j]) for j in rest)
+                        scores[n] += math.fsum(decoding.model.entropy(p[j]) for j in rest)
                 chosen = best(scores, b)
             decoding.x = written(decoding, [masked[n] for n in chosen], p)
             turn += 1

@@ -15,9 +15,15 @@ from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.steering.chain import Conditional, Conditioned
+from boe_vllm.steering.change import PredictionChange
+from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.lookahead import Lookahead, Prospect
 
 VOCAB, MASK = 9, 8
+GRID = 2**-16
+"""Statistics are multiples of it, so that equal ones tie and their sums are exact in any order."""
 PATTERNS = [
     [9.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
     [3.0, 2.5, 0.5, 0.0, -1.0, 0.2, 0.1, 0.3],
@@ -27,8 +33,16 @@ PATTERNS = [
 ]
 
 
+def on_grid(values):
+    return np.round(values / GRID) * GRID
+
+
 class Toy:
-    """Each position's logits are one of a few patterns, turned; the mask token leads by far."""
+    """Each position's logits are one of a few patterns, turned; the mask token leads by far.
+
+    It has no gradients and no attention: every Token Importance Score and every coupling is zero,
+    and predictions have always moved by 0.005 nats.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -53,19 +67,39 @@ class Toy:
         ordered = np.sort(p, -1)
         return RowStatistics(
             proposal=p.argmax(-1),
-            confidence=ordered[:, -1],
-            margin=ordered[:, -1] - ordered[:, -2],
-            entropy=-(p * np.where(p > 0, logp, 0)).sum(-1),
+            confidence=on_grid(ordered[:, -1]),
+            margin=on_grid(ordered[:, -1] - ordered[:, -2]),
+            entropy=on_grid(-(p * np.where(p > 0, logp, 0)).sum(-1)),
             finite=np.ones(len(p), bool),
             rank=np.ones(len(p), np.int64),
             top_tokens=None,
             top_logprobs=None,
         )
 
+    def answer(self, tokens, positions, query):
+        """The result of a query, and the forwards that it took."""
+        if isinstance(query, TokenImportance):
+            return np.zeros(len(query.candidates)), 0
+        if isinstance(query, Coupling):
+            return np.zeros((len(query.pool), len(query.pool))), 0
+        if isinstance(query, PredictionChange):
+            return np.full(len(query.positions), 0.005), 0
+        if isinstance(query, Conditional):
+            state = tokens.copy()
+            state[positions[query.written]] = query.tokens
+            found = self.statistics(state, positions[query.queried])
+            result = Conditioned(
+                proposal=found.proposal, confidence=found.confidence, entropy=found.entropy
+            )
+            return result, 1
+        found = self.prospects(tokens, positions, query)
+        return found, len(found)
+
     def prospects(self, tokens, positions, query: Lookahead):
-        """The answer to a look-ahead that writes tokens."""
-        found = []
-        for written, values in zip(query.writes, query.tokens, strict=True):
+        """The result of a look-ahead; soft writes are those of the likeliest token."""
+        found, best = [], self.statistics(tokens, positions).proposal
+        for k, written in enumerate(query.writes):
+            values = best[written] if query.tokens is None else query.tokens[k]
             state = tokens.copy()
             state[positions[written]] = values
             still = np.setdiff1d(np.arange(len(positions)), written)
@@ -90,11 +124,24 @@ class Toy:
         return found
 
 
+def decided(step, reply):
+    """The commit of a policy's step, whose queries `reply` answers."""
+    if isinstance(step, Commit):
+        return step
+    answer = None
+    while True:
+        try:
+            query = step.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        answer = reply(query)
+
+
 class Driven:
     """A canvas that a policy fills from a toy's predictions; everything that happens is noted."""
 
     def __init__(self, toy, fields, prompt, gen_length, *, seed=0, late=(), policy=None) -> None:
-        config = parse_sampler_config(fields)
+        config = parse_sampler_config(fields) if isinstance(fields, dict) else fields
         plan = plan_canvas(config, prompt_len=len(prompt), max_tokens=gen_length, max_model_len=200)
         self.toy = toy
         self.canvas = Canvas(
@@ -121,16 +168,13 @@ class Driven:
             self.forwards += 1
         self.inputs.append(canvas.tokens.tolist())
         view = view_of(canvas, positions, slice(0, len(rows)), statistics)
-        commit, reply = canvas.policy.step(view), None
-        generator = None if isinstance(commit, Commit) else commit
-        while generator is not None:
-            try:
-                query = generator.send(reply)
-            except StopIteration as stop:
-                commit = stop.value
-                break
-            reply = self.toy.prospects(canvas.tokens, positions, query)
-            self.forwards += len(reply)
+
+        def reply(query):
+            result, forwards = self.toy.answer(canvas.tokens, positions, query)
+            self.forwards += forwards
+            return result
+
+        commit = decided(canvas.policy.step(view), reply)
         canvas.apply(commit, view, slice(0, len(rows)), statistics)
         self.views.append(view)
         self.commits.append(commit)

@@ -1,5 +1,10 @@
 """Active-query attention for packed sequences: see `api`."""
 
-from boe_vllm.attention.api import AttentionLayout, attention_backward, attention_forward
+from boe_vllm.attention.api import (
+    AttentionLayout,
+    attention_backward,
+    attention_forward,
+    explain_auto,
+)
 
-__all__ = ["AttentionLayout", "attention_backward", "attention_forward"]
+__all__ = ["AttentionLayout", "attention_backward", "attention_forward", "explain_auto"]

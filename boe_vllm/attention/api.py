@@ -15,6 +15,7 @@ Legend: `T` packed query rows, `S` packed key rows, `A` packed active rows, `H` 
 and value heads, `P` head size.
 """
 
+import functools
 from types import ModuleType
 
 import torch
@@ -24,12 +25,13 @@ from boe_vllm.attention.layout import AttentionLayout
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "reference": {"any": (torch.float64, *_HALF_AND_SINGLE)},
-    "torch": {"cpu": (torch.float32, torch.bfloat16, torch.float64)},
+    "torch": {
+        "cpu": (torch.float32, torch.bfloat16, torch.float64),
+        "cuda": _HALF_AND_SINGLE,
+    },
     "xformers": {"cuda": _HALF_AND_SINGLE},
 }
 """The dtypes that an implementation takes on each type of device that it runs on."""
-
-_AUTO = {"cpu": "torch", "cuda": "xformers"}
 
 IMPLS = ("auto", *_SUPPORT)
 """Every value of `impl`."""
@@ -119,10 +121,42 @@ def _checked(
     _check_like("v", v, "k", k)
     _check_no_grad(name, q, k, v)
     device = q.device.type
-    return _load(resolve(impl, device, q.dtype), device)
+    return _load(resolve(impl, device, q.dtype, q.shape[2]), device)
 
 
-def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
+@functools.cache
+def explain_auto(device_type: str, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
+    """What `impl="auto"` means for such queries, and why, for a log.
+
+    On CUDA it is xformers where its library loads and has kernels for them, else PyTorch's own.
+
+    Args:
+        device_type: `"cpu"` or `"cuda"`, the current device.
+        dtype: of q, k and v.
+        head_size: of one head.
+
+    Returns:
+        The implementation's name, and a clause that gives the reason.
+
+    Raises:
+        ValueError: another device type.
+    """
+    if device_type == "cpu":
+        return "torch", "xformers has no kernels for the CPU"
+    if device_type != "cuda":
+        raise ValueError(
+            f"impl='auto': expected a device type of cpu or cuda, got {device_type!r}; "
+            "move the tensors, or name impl='reference'"
+        )
+    from boe_vllm.attention import xformers
+
+    against = xformers.refusal(dtype, head_size)
+    if against is None:
+        return "xformers", "its kernels take the model's heads"
+    return "torch", f"xformers does not run here: {against}"
+
+
+def resolve(impl: str, device_type: str, dtype: torch.dtype, head_size: int) -> str:
     """The name of the implementation to run, after checking device type and dtype.
 
     Raises:
@@ -131,12 +165,7 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl == "auto":
-        if device_type not in _AUTO:
-            raise ValueError(
-                f"impl='auto': expected a device type of {', '.join(_AUTO)}, got {device_type!r}; "
-                "move the tensors, or name impl='reference'"
-            )
-        impl = _AUTO[device_type]
+        impl, _ = explain_auto(device_type, dtype, head_size)
     devices = _SUPPORT[impl]
     dtypes = devices.get(device_type, devices.get("any"))
     if dtypes is None:
@@ -157,6 +186,8 @@ def _load(impl: str, device_type: str) -> ModuleType:
     # Literal imports: each implementation stays optional, and unused ones are never loaded.
     if impl == "reference":
         from boe_vllm.attention import reference as module
+    elif impl == "torch" and device_type == "cuda":
+        from boe_vllm.attention import torch_cuda as module  # type: ignore[no-redef]
     elif impl == "torch":
         from boe_vllm.attention import torch_cpu as module  # type: ignore[no-redef]
     else:

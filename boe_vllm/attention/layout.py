@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,10 +23,10 @@ class Occupied:
     """Query rows of each."""
     kv_seqlens: tuple[int, ...]
     """Key rows of each."""
-    kv_rows: torch.Tensor | None
-    """Their packed key rows, int64 on the host, to be gathered; None if these are all there are."""
-    active_rows: torch.Tensor
-    """Rows of the gathered keys that belong to active rows: int64 `[A]` on the host."""
+    kv_rows: IntArray | None
+    """Their packed key rows, to be gathered; None if these are all there are."""
+    active_rows: IntArray
+    """`[A]` rows of the gathered keys that belong to active rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,11 +147,11 @@ class AttentionLayout:
         device = torch.device(device)
         return self.memoised(
             (name, device),
-            lambda: row_index(starts, self.active_seqlens).to(device, non_blocking=True),
+            lambda: to_device([row_index(starts, self.active_seqlens)], device)[0],
         )
 
 
-def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> torch.Tensor:
+def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> IntArray:
     """Rows `start .. start + count - 1` of every sequence, one after the other.
 
     Args:
@@ -155,11 +159,11 @@ def row_index(starts: tuple[int, ...], counts: tuple[int, ...]) -> torch.Tensor:
         counts: rows to take from each sequence.
 
     Returns:
-        int64 `[sum(counts)]` on the host.
+        `[sum(counts)]` on the host.
     """
     ranges = [
-        torch.arange(start, start + count)
+        np.arange(start, start + count)
         for start, count in zip(starts, counts, strict=False)
         if count
     ]
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)

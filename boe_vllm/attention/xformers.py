@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from boe_vllm.attention.layout import AttentionLayout
+from boe_vllm.base.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,12 +129,14 @@ def mask_plan(layout: AttentionLayout, device: torch.device | str) -> MaskPlan:
 
 def _make_mask_plan(layout: AttentionLayout, device: torch.device) -> MaskPlan:
     rows = layout.occupied()
+    gather = [] if rows.kv_rows is None else [rows.kv_rows]
+    active_kv_index, *kv_index = to_device([rows.active_rows, *gather], device)
     return MaskPlan(
         mask=_fmha().BlockDiagonalMask.from_seqlens(
             list(rows.q_seqlens), list(rows.kv_seqlens), device=device
         ),
-        kv_index=None if rows.kv_rows is None else rows.kv_rows.to(device),
-        active_kv_index=rows.active_rows.to(device),
+        kv_index=kv_index[0] if kv_index else None,
+        active_kv_index=active_kv_index,
     )
 
 

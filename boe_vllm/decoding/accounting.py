@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.sampling.statistics import RowStatistics, TokenLikelihood
+from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.step import QueryResult
 
 PREFIX = "boe/"

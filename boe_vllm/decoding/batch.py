@@ -19,7 +19,7 @@ from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraints import ConstraintTable
+from boe_vllm.sampling.constraint_table import ConstraintTable
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
 from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 

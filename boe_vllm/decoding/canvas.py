@@ -9,6 +9,8 @@ Legend: `L` positions of prompt and canvas, `M` masked positions that may be wri
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.constraints import CanvasConstraints, Constraint
-from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
+from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.guidance import Guidance
 from boe_vllm.steering.step import NextStep
 
@@ -168,7 +171,7 @@ class Canvas:
         view: View,
         rows: slice,
         statistics: RowStatistics,
-        log_probs: LogProbabilities | None = None,
+        likelihoods: Mapping[int, TokenLikelihood] = MappingProxyType({}),
     ) -> None:
         """Write and remask what the policy decided, and note it.
 
@@ -177,7 +180,8 @@ class Canvas:
             view: what it was made on.
             rows: of the statistics that are this request's.
             statistics: of the step's forward, or carried over.
-            log_probs: of the step's forward, for tokens that are not their rows' proposals.
+            likelihoods: if the request asked for log-probabilities, those of written tokens that
+                are not their rows' proposals, by index into the view's positions.
 
         Raises:
             ValueError: for a decision that no rule may make.
@@ -202,12 +206,9 @@ class Canvas:
         )
         if self.params.logprobs:
             for index, position, token in zip(chosen, positions, tokens, strict=True):
-                row, other = rows.start + int(index), None
-                if token != view.proposal[index]:
-                    assert log_probs is not None
-                    other = log_probs.likelihood(row, int(token))
+                other = likelihoods[int(index)] if token != view.proposal[index] else None
                 self.logprobs_of[int(position)] = token_logprobs(
-                    statistics, row, self.params.top_logprobs, other
+                    statistics, rows.start + int(index), self.params.top_logprobs, other
                 )
         self._remask(commit.remask)
         self.account.denoising_steps += 1

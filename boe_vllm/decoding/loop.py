@@ -10,7 +10,7 @@ shared passes; `commit` writes what they decided on the canvases.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,15 @@ from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.accounting import PREFIX, Counters, TokenLogprobs, total_costs
 from boe_vllm.decoding.batch import StepBatch, pack_step
 from boe_vllm.decoding.canvas import Canvas, SpecialTokens
-from boe_vllm.decoding.policy_step import Errors, decide, views_of
+from boe_vllm.decoding.policy_step import Errors, decide, unproposed, views_of
 from boe_vllm.models.cache import CachedRows, KeyValuePool
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.functional import Scratch
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.distributions import VocabularyMemory
-from boe_vllm.sampling.statistics import (
-    DEFAULT_BUDGET_BYTES,
-    LogProbabilities,
-    RowStatistics,
-    read_statistics,
-)
+from boe_vllm.sampling.log_probs import DEFAULT_BUDGET_BYTES, LogProbabilities, TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics, read_statistics
 from boe_vllm.steering.guidance import guided
 from boe_vllm.steering.step import DEFAULT_ROW_BUDGET, DenoisingPass
 
@@ -120,9 +116,10 @@ class DenoisingLoop:
         with self.clock.part("policy"):
             views = views_of(batch, statistics, errors)
             commits = decide(batch, current, views, errors)
+            likelihoods = unproposed(batch, commits, views, current.log_probs)
             for n, commit in commits.items():
                 if n not in errors:
-                    self._commit(batch, n, commit, views[n], current, statistics, errors)
+                    self._commit(batch, n, commit, views[n], statistics, likelihoods[n], errors)
         self.counters.cost(before, total_costs(canvas.account for canvas in canvases))
         self.counters.time(self.clock.read())
         for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
@@ -196,15 +193,15 @@ class DenoisingLoop:
         n: int,
         commit: Commit,
         view: View,
-        current: DenoisingPass,
         statistics: RowStatistics,
+        likelihoods: Mapping[int, TokenLikelihood],
         errors: Errors,
     ) -> None:
         """Write what one request's policy decided."""
         canvas = batch.canvases[n]
         rows, own = batch.rows_of(n, statistics)
         try:
-            canvas.apply(commit, view, rows, own, current.log_probs)
+            canvas.apply(commit, view, rows, own, likelihoods)
         except ValueError as error:
             errors[n] = str(error)
         except Exception as error:

@@ -17,6 +17,7 @@ from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.policies.base import Commit, Revision, View, finishing
+from boe_vllm.sampling.log_probs import LogProbabilities, TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
 
@@ -166,3 +167,39 @@ def _answers(
         except Exception as error:
             errors.blame(n, canvases[n], error)
     return results
+
+
+def unproposed(
+    batch: StepBatch,
+    commits: Mapping[int, Commit],
+    views: Mapping[int, View],
+    log_probs: LogProbabilities,
+) -> dict[int, dict[int, TokenLikelihood]]:
+    """Likelihoods of written tokens that are not their rows' proposals, for requests that ask.
+
+    One read for all of them. By request, then by index into its view's positions.
+    """
+    found: dict[int, dict[int, TokenLikelihood]] = {n: {} for n in commits}
+    members: list[tuple[int, int]] = []
+    rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for n, commit in commits.items():
+        canvas, proposal = batch.canvases[n], views[n].proposal
+        asked = canvas.params.logprobs and canvas.carried is None
+        if not asked or not isinstance(commit, Commit) or commit.tokens is None:
+            continue
+        written = np.full(len(proposal), -1)
+        try:
+            written[commit.chosen] = commit.tokens
+        except (IndexError, TypeError, ValueError):
+            continue  # the policy's mistake, which its commit will meet
+        index = np.flatnonzero(
+            (written != proposal) & (0 <= written) & (written < canvas.vocab_size)
+        )
+        members += [(n, i) for i in index.tolist()]
+        rows.append(batch.layout.logit_starts[n] + index)
+        tokens.append(written[index])
+    if members:
+        likelihoods = log_probs.likelihoods(np.concatenate(rows), np.concatenate(tokens))
+        for (n, i), likelihood in zip(members, likelihoods, strict=True):
+            found[n][i] = likelihood
+    return found

@@ -26,6 +26,7 @@ import torch
 
 from boe_vllm.attention import AttentionLayout
 from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,10 @@ class RowLayout:
     """[T] int64 token ids, on the device."""
     positions: torch.Tensor
     """[T] int64 rotary positions, on the device."""
+    logit_index: torch.Tensor
+    """[R] int64 packed live rows whose predictions are wanted, on the device."""
+    saved_index: torch.Tensor
+    """[A] int64 packed live rows that are saved, on the device."""
     live_lens: tuple[int, ...]
     """[B] live rows per sequence."""
     logit_lens: tuple[int, ...]
@@ -101,16 +106,6 @@ class RowLayout:
         return _starts(self.saved_lens)
 
     @functools.cached_property
-    def logit_index(self) -> torch.Tensor:
-        """[R] packed live rows whose predictions are wanted."""
-        return _heads(self.live_starts, self.logit_lens).to(self.device)
-
-    @functools.cached_property
-    def saved_index(self) -> torch.Tensor:
-        """[A] packed live rows that are saved."""
-        return _heads(self.live_starts, self.saved_lens).to(self.device)
-
-    @functools.cached_property
     def attention(self) -> AttentionLayout:
         """Queries: the live rows; keys: the live rows, then the frozen; active: the saved rows."""
         return AttentionLayout(
@@ -124,21 +119,22 @@ class RowLayout:
 
 def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
     """Order and concatenate the rows of all sequences; one transfer to the device."""
-    tokens, positions = [np.empty(0, np.int64)], []
-    for rows in sequences:
-        order = _packed_order(rows)
-        positions.append(order)
-        tokens.append(rows.tokens[order])
-    packed = np.stack([np.concatenate(tokens), np.concatenate([tokens[0], *positions])])
-    on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+    positions = [_packed_order(rows) for rows in sequences]
+    tokens = [rows.tokens[order] for rows, order in zip(sequences, positions, strict=True)]
+    live_lens = tuple(map(len, positions))
+    logit_lens = tuple(len(rows.wanted_positions) for rows in sequences)
+    saved_lens = tuple(rows.saved_rows for rows in sequences)
+    starts = _starts(live_lens)
+    indices = [_heads(starts, lens) for lens in (logit_lens, saved_lens)]
+    on_device = to_device([_joined(tokens), _joined(positions), *indices], device)
     return RowLayout(
         tokens=on_device[0],
         positions=on_device[1],
-        live_lens=tuple(map(len, positions)),
-        logit_lens=tuple(
-            len(rows.logit_positions) + len(rows.extra_positions) for rows in sequences
-        ),
-        saved_lens=tuple(rows.saved_rows for rows in sequences),
+        logit_index=on_device[2],
+        saved_index=on_device[3],
+        live_lens=live_lens,
+        logit_lens=logit_lens,
+        saved_lens=saved_lens,
         frozen_lens=tuple(rows.frozen_rows for rows in sequences),
         row_positions=tuple(positions),
     )
@@ -158,7 +154,10 @@ def _starts(lens: Sequence[int]) -> tuple[int, ...]:
     return (0, *np.cumsum(lens)[:-1].tolist())
 
 
-def _heads(starts: Sequence[int], lens: Sequence[int]) -> torch.Tensor:
+def _heads(starts: Sequence[int], lens: Sequence[int]) -> IntArray:
     """Indices of the first `lens[s]` rows from `starts[s]`, for every sequence."""
-    pieces = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
-    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+    return _joined([np.arange(start, start + n) for start, n in zip(starts, lens, strict=False)])
+
+
+def _joined(pieces: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, np.int64), *pieces])

@@ -32,6 +32,8 @@ _MODULES = {
     "lookum": "lookum",
     "lookahead": "lookahead",
     "boe": "boe",
+    "joint": "joint",
+    "pairwise": "pairwise",
 }
 
 GROUP = "boe_vllm.policies"

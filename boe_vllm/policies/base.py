@@ -1,40 +1,54 @@
 """The contract between the engine and an unmasking policy.
 
 In each denoising step the engine shows a policy a `View` of one request: statistics of the masked
-positions that may be written now. The policy answers with a `Commit`. It may first query for more
-work of the denoiser by yielding `Query`s; the engine answers the queries of all requests of the batch
-in shared, packed passes. A policy never sees a tensor, another request, or vLLM.
+positions that may be written now. The policy answers with a `Commit`. It may first ask for more
+work of the denoiser by yielding a `Query`; the engine solves the queries of all requests of the
+batch in shared, packed passes. A policy never sees a tensor, another request, or vLLM.
 
-Legend: `M` masked positions that may be written now, `C` candidates, `b` tokens of this step.
+Legend: `b` tokens of this step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.step import Query
 
 if TYPE_CHECKING:
     from boe_vllm.sampling.statistics import RowStatistics
+    from boe_vllm.steering.step import Query
 
-SCORE_GRID = 2.0**-16
-"""Scores are compared on this grid, so that rounding decides nothing: see `top`."""
+    Asking = Generator[Query[Any], Any, "Commit"]
+    """A step that asks: it yields queries, is sent their results and returns its decision."""
+
+C = TypeVar("C", bound="PolicyConfig")
 
 
 @options
 class PolicyConfig:
-    """Settings of one policy; subclasses add their fields."""
+    """A policy without settings of its own."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings, for a policy with a field `preset`."""
 
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
-        """The given fields over the server's settings of the same policy, if there are any."""
+        """The settings that some fields stand for, to be validated.
+
+        Args:
+            fields: what is given, by name.
+            base: the server's settings of the same policy, if there are any. A preset replaces
+                them; other fields go on top of either.
+        """
+        preset = fields.get("preset")
+        if isinstance(preset, str) and preset in cls.presets:
+            return {**cls.presets[preset], **fields}
         return (dataclasses.asdict(base) if base is not None else {}) | dict(fields)
 
 
@@ -90,7 +104,8 @@ class View:
     """What would be written there now, if the policy needs it."""
     late_tokens: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Tokens that may only be committed last (EOS and EoT under `confidence_eos_eot_inf`); empty
-    where the request does not ask for it. Holds in every round of a step: see `committable`."""
+    where the request does not ask for it. It holds in every round of a step: a policy that learns
+    of new proposals passes them through `committable`."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The policy's own notes on this request; kept across its steps."""
 
@@ -145,19 +160,22 @@ class Needs:
     """Whether predictions at written positions of the block are wanted (`View.revision`)."""
 
 
-class Policy:
+class Policy(Generic[C]):
     """One unmasking policy with its settings; holds no state of any request."""
 
     name: ClassVar[str] = ""
+    """What a request calls it."""
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+    """Its settings. The docstring describes the policy, those of the fields the settings."""
+    source: ClassVar[str] = ""
+    """Where the rule comes from: the paper, the repository and the function."""
+    passes: ClassVar[str] = "1 forward"
+    """What a step costs, in passes over the request's rows."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    config: C
+
+    def __init__(self, config: C) -> None:
         self.config = config
-
-    @classmethod
-    def of(cls, config: PolicyConfig) -> Self:
-        """The policy with these settings."""
-        return cls(config)
 
     def needs(self) -> Needs:
         """What the step's forward must keep for this policy."""
@@ -173,17 +191,22 @@ class Policy:
         return max(masks, steps)
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
-        """Most rows that the queries of one step compute, for the server's limit on them.
+        """Most rows that the queries of one step compute, forward and backward, for the server's
+        limit on them.
 
         Args:
-            masks: masked positions of the block.
-            quota: tokens due in a step.
+            masks: masked positions of the block at its start.
+            quota: most tokens that the frame's schedule has due in a step.
             length: rows of the whole request.
         """
         return 0
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
-        """Decide one denoising step; a generator that may yield queries and returns a `Commit`."""
+    def step(self, view: View) -> Commit | Asking:
+        """Decide one denoising step.
+
+        A policy that asks nothing returns its `Commit`. One that asks is a generator: it yields
+        queries, is sent their results, and returns its `Commit`.
+        """
         raise NotImplementedError
 
 
@@ -199,11 +222,35 @@ def finishing(commit: Commit, view: View) -> Commit:
 
 
 def top(scores: FloatArray, count: int) -> IntArray:
-    """Indices of the `count` largest scores, best first; ties go to the lower index.
+    """Indices of the `count` largest scores, best first; equal scores go to the lower index."""
+    return np.argsort(-scores, kind="stable")[:count]
 
-    Scores are rounded to `SCORE_GRID` before they are compared: values that are equal in exact
-    arithmetic (confidences that saturate at 1, symmetric positions) then tie and the position
-    decides, not rounding noise of the hardware, of the batch's shape or of tensor parallelism.
+
+def allowed(scores: FloatArray, view: View) -> FloatArray:
+    """[M] the scores, with -inf where the request forbids an early commit."""
+    return np.where(np.isneginf(view.confidence), -np.inf, scores)
+
+
+Certainty = Literal["confidence", "margin", "entropy"]
+
+
+def certainty(view: View, name: Certainty) -> FloatArray:
+    """[M] how sure each prediction is, higher is surer ("entropy" meaning the negative entropy);
+    -inf where the request forbids an early commit."""
+    scores = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}[name]
+    return allowed(scores, view)
+
+
+def candidates_of(view: View, scores: FloatArray, count: int) -> IntArray:
+    """Indices of the `count` best positions that may be written now, best first, at least `b`.
+
+    What may only be committed last is among them only where it has to make up the `b`.
     """
-    on_grid = np.round(scores / SCORE_GRID)
-    return np.argsort(-on_grid, kind="stable")[:count]
+    order = top(allowed(scores, view), len(scores))
+    early = int(np.isfinite(view.confidence).sum())
+    return order[: max(view.quota, min(count, early))]
+
+
+def log(confidence: FloatArray) -> FloatArray:
+    """Natural logarithms; -inf stays, and a probability that underflows is a large negative one."""
+    return np.where(np.isneginf(confidence), -np.inf, np.log(np.maximum(confidence, 1e-300)))

@@ -1,161 +1,145 @@
-"""Backward-on-Entropy steering (TABES, arXiv 2602.00250, Algorithm 1), and its choice of sets.
+"""Backward-on-Entropy steering (TABES, arXiv 2602.00250, Algorithm 1).
 
-A candidate's score is `risk ln p_i + gain TIS_i`: how likely its token is right, and how much
-revealing it would lower the entropy of the masked positions, estimated by one backward pass (Token
-Importance Score, eq. 14), gated by confidence (eq. 15) and less a penalty for entropies below a
-floor (eq. 18, 19). The paper writes the top of the ranking (`selection="top"`, risk 0). Eq. 9 queries
-for the best *set*: the other selections add the interaction of what is written together.
+One step: candidates among the masked positions; one backward of the masked entropy from a surrogate
+of the next state, with attention passing gradients in active rows only; a score for each candidate;
+the best are written. The paper writes the top of the ranking (`sets="top"`). Eq. 9 asks for the
+best *set*: by default the best candidate is written first and the set completed by the chain rule
+(`selection.chain_set`), which is the rule of `joint`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.policies.base import Commit, Needs, Policy, View, top
+from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, certainty, log, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
-from boe_vllm.policies.composition import composed
-from boe_vllm.policies.selection import conditional_set, pairwise_set
-from boe_vllm.steering.coupling import Coupling
+from boe_vllm.policies.composition import allowed_count, composed
+from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
-from boe_vllm.steering.step import Query
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 __all__ = ["PRESETS", "BoEConfig", "BoEPolicy"]
 
-TINY = 1e-300  # the logarithm of a probability that underflows
 
-
-class BoEPolicy(Policy):
+class BoEPolicy(Policy[BoEConfig]):
     """Backward-on-Entropy.
 
-    End game: when the objective is empty, or nothing is left to choose (as many candidates as
-    tokens due), the gradient can decide nothing and the candidates are taken by confidence.
+    Every step with a choice runs exactly one backward, unless all its tokens are sure (`bypass`).
+    There is no choice when there are as many candidates as tokens due, or nothing to explain (an
+    empty objective): the gradient can decide nothing then, and probability decides.
     """
 
     name = "boe"
     Config = BoEConfig
-
-    def __init__(self, config: BoEConfig) -> None:
-        super().__init__(config)
-        self.settings = config
+    source = "TABES (arXiv 2602.00250), Algorithm 1; the chain of sets is ours"
+    passes = (
+        "1 forward and, in a step with a choice, 1 backward over the block's masks; with several "
+        'tokens a step and `sets` "chain", partial forwards over the candidates; 1 more forward '
+        'for the surrogates but "mask", over the candidates or ("inject") the block'
+    )
 
     def needs(self) -> Needs:
         """Rows that a backward or a partial pass over the step's own forward needs."""
-        settings = self.settings
-        steers = settings.gain > 0 and not (
-            settings.surrogate == "inject" and settings.context == "exact"
-        )
-        if steers and settings.active == "all":
+        config = self.config
+        second_pass_alone = config.surrogate == "inject" and config.context == "exact"
+        if config.active == "all" and not second_pass_alone:
             return Needs(rows="all")
-        return Needs(rows="masked" if steers or settings.selection != "top" else "none")
+        if second_pass_alone and config.sets == "top":
+            return Needs()
+        return Needs(rows="masked")
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
-        """A surrogate's forward, and the states that a set's interaction is measured on."""
-        settings = self.settings
-        pool = min(masks, math.ceil(settings.pool * quota))
-        rows = 2 * length if settings.gain > 0 else 0
-        if settings.selection == "conditional":
-            return rows + quota * pool
-        if settings.selection == "pairwise" and settings.coupling in ("exact", "pairs"):
-            return rows + pool * (masks if settings.coupling == "exact" else pool)
-        return rows
+        """A surrogate's forward, the backward, and the chain's rounds."""
+        config = self.config
+        due = config.most_due(masks, quota)
+        candidates = min(masks, candidate_count(masks, due, config))
+        forward = {"mask": 0, "inject": masks if config.context == "frozen" else length}
+        backward = length if config.active == "all" else masks
+        chain = chain_rows(candidates, due) if config.sets == "chain" else 0
+        return forward.get(config.surrogate, candidates) + backward + chain
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Asking:
         """The choice, with the remasking or the commit bound that the settings put on top."""
-        ranks = self.settings.selection == "top"
-        return (yield from composed(self.choose, view, self.settings, ranks=ranks))
+        ranks = self.config.sets == "top"
+        return (yield from composed(self.choose, view, self.config, ranks=ranks))
 
-    def choose(self, view: View) -> Generator[Query, Any, Commit]:
-        """Prefilter, score by risk and gain, choose the set."""
-        settings = self.settings
-        chosen_by = prefilter_scores(view, settings.prefilter)
-        candidates = np.sort(top(chosen_by, candidate_count(view, settings)))
-        everyone = np.arange(len(view.positions))
+    def choose(self, view: View) -> Asking:
+        """Candidates, their scores, and the set."""
+        config, everyone = self.config, np.arange(len(view.positions))
+        count = candidate_count(len(everyone), view.quota, config)
+        order = candidates_of(view, certainty(view, config.prefilter), count)
+        candidates = np.sort(order)
         objective = everyone
-        if settings.objective == "remaining":
+        if config.objective == "remaining":
             objective = np.setdiff1d(everyone, candidates)
-        undecided = len(candidates) > view.quota and len(objective) > 0
-        if undecided or settings.gain == 0:
-            scores = settings.risk * np.log(np.maximum(view.confidence[candidates], TINY))
-        else:
-            scores = view.confidence[candidates]
-        if settings.gain > 0 and undecided:
-            active = {"all": None, "candidates": candidates, "masked": everyone}[settings.active]
-            importance = yield TokenImportance(
+        scores = log(view.confidence[candidates])
+        choice = len(candidates) > view.quota and len(objective) > 0
+        if choice and not all_sure(view, config):
+            importance: FloatArray = yield TokenImportance(
                 candidates=candidates,
                 objective=objective,
-                active=active,
-                surrogate=settings.surrogate,
-                context=settings.context,
-                sharpen=settings.sharpen,
+                active={"all": None, "candidates": candidates, "masked": everyone}[config.active],
+                surrogate=config.surrogate,
+                context=config.context,
+                sharpen=config.sharpen,
             )
-            weight = settings.gain / (len(objective) if settings.gain_scale == "mean" else 1)
-            scores = scores + weight * steered_scores(importance, view, candidates, settings)
-        scores = np.where(np.isneginf(view.confidence[candidates]), -np.inf, scores)
-        tokens = None
-        if settings.selection == "conditional" and view.quota > 1:
-            chosen, tokens = yield from conditional_set(
-                view, candidates, scores, risk=settings.risk, certain=settings.certain
-            )
-        elif settings.selection == "pairwise" and len(candidates) > view.quota > 1:
-            coupling = yield Coupling(
-                pool=candidates,
-                tokens=view.proposal[candidates],
-                entropy=view.entropy[candidates],
-                estimator=settings.coupling,
-                measure=settings.coupling_measure,
-            )
-            chosen = pairwise_set(scores, settings.interaction * coupling, view.quota)
+            weight = 1 / len(objective) if config.gain_scale == "mean" else config.gain_scale
+            scores = config.risk * scores + weight * steered(importance, view, candidates, config)
+        if config.sets == "chain":
+            chosen, tokens = yield from chain_set(view, candidates, scores)
         else:
-            chosen = top(scores, view.quota)
-        everyones = np.full(len(everyone), -np.inf)
-        everyones[candidates] = scores
-        return Commit(chosen=candidates[chosen], tokens=tokens, scores=everyones)
+            chosen, tokens = top(scores, view.quota), None
+        scores = over_all(view, candidates, scores)
+        return Commit(chosen=candidates[chosen], tokens=tokens, scores=scores)
 
 
-def candidate_count(view: View, settings: BoEConfig) -> int:
-    """|C|: a fixed number, or a share of M, or a multiple of the tokens due for sets; at least the
-    tokens due, at most |M|."""
-    masked = len(view.positions)
-    share = settings.rho * masked if settings.selection == "top" else settings.pool * view.quota
-    wanted = settings.candidates or math.ceil(share)
-    return min(masked, max(view.quota, wanted))
+def candidate_count(masked: int, due: int, config: BoEConfig) -> int:
+    """|C|: a fixed number or a share of M, at least the tokens due, twice as many for a chain."""
+    wanted = config.candidates or math.ceil(config.rho * masked)
+    return max(wanted, due * (2 if config.sets == "chain" else 1))
 
 
-def prefilter_scores(view: View, name: str) -> FloatArray:
-    """[M] what candidates are chosen by; forbidden early commits come last."""
-    scores = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}[name]
-    return np.where(np.isneginf(view.confidence), -np.inf, scores)
+def all_sure(view: View, config: BoEConfig) -> bool:
+    """Whether all tokens that would be written by probability alone reach `bypass`."""
+    if config.bypass is None:
+        return False
+    order = top(view.confidence, len(view.positions))
+    if config.sets == "chain":
+        order = order[: view.quota]
+    surest = order[: allowed_count(view, order, config)]
+    return bool((view.confidence[surest] >= config.bypass).all())
 
 
-def gate(view: View, settings: BoEConfig) -> FloatArray:
+def gate(view: View, config: BoEConfig) -> FloatArray:
     """[M] factor c_i in [0, 1] (eq. 15 for "entropy")."""
-    if settings.gate == "none":
+    if config.gate == "none":
         return np.ones(len(view.positions))
-    if settings.gate == "confidence":
+    if config.gate == "confidence":
         factor = np.maximum(view.confidence, 0.0)
     else:
         factor = np.clip(1.0 - view.entropy / math.log(view.vocab_size), 0.0, 1.0)
-    return factor**settings.gate_power
+    return factor**config.gate_power
 
 
-def entropy_floor(view: View, settings: BoEConfig) -> float:
+def entropy_floor(view: View, config: BoEConfig) -> float:
     """h_t in nats (eq. 18), high at the start: h_max (masked now / masked at the start)."""
-    return settings.floor_max * view.masked_now / view.masked_at_start
+    return config.floor_max * view.masked_now / view.masked_at_start
 
 
-def steered_scores(
-    importance: FloatArray, view: View, candidates: IntArray, settings: BoEConfig
+def steered(
+    importance: FloatArray, view: View, candidates: IntArray, config: BoEConfig
 ) -> FloatArray:
     """[C] gated importance (eq. 15) less the floor's penalty (eq. 19); forbidden commits -inf."""
-    scores = importance * gate(view, settings)[candidates]
-    if settings.normalize == "minmax":
+    scores = importance * gate(view, config)[candidates]
+    if config.normalize == "minmax":
         low, high = scores.min(), scores.max()
         scores = (scores - low) / (high - low) if high > low else np.zeros_like(scores)
-    shortfall = np.maximum(entropy_floor(view, settings) - view.entropy[candidates], 0.0)
-    scores = scores - settings.floor_weight * shortfall**2
+    shortfall = np.maximum(entropy_floor(view, config) - view.entropy[candidates], 0.0)
+    scores = scores - config.floor_weight * shortfall**2
     return np.where(np.isneginf(view.confidence[candidates]), -np.inf, scores)

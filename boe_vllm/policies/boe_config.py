@@ -1,153 +1,141 @@
-"""Settings of `boe`: candidates, gain (steering), risk and interaction, and the named presets."""
+"""Settings of `boe`, and its named presets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import PolicyConfig
+from boe_vllm.policies.base import Certainty
 from boe_vllm.policies.composition import CompositionConfig
-from boe_vllm.steering.coupling import Estimator
 from boe_vllm.steering.importance import Context, Surrogate
 
-_IMPORTANCE: dict[str, Any] = {"selection": "top", "risk": 0.0, "gain": 1.0}
-"""The paper's ranking: the most important candidates, each for itself."""
+_PAPER: dict[str, Any] = {
+    "rho": 0.25,
+    "candidates": None,
+    "prefilter": "confidence",
+    "surrogate": "mask",
+    "objective": "masked",
+    "active": "masked",
+    "context": "frozen",
+    "gate": "entropy",
+    "gate_power": 1.0,
+    "floor_weight": 0.2,
+    "floor_max": 0.3,
+    "sharpen": 1.0,
+    "normalize": "none",
+    "risk": 0.0,
+    "gain_scale": 1.0,
+    "sets": "top",
+    "bypass": None,
+    "remask": "none",
+    "commit": "quota",
+}
+"""Eq. 13 to 19 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
+validation subset"); the values are those of the authors' prototype."""
 
-_OF_IMPORTANCE = frozenset(
-    "rho candidates surrogate objective active context gate gate_power floor_weight floor_max "
-    "sharpen normalize gain_scale gain".split()
-)
-"""Fields that mean nothing without a gain: to give one is to query for the paper's ranking."""
-
-_JOINT: dict[str, Any] = {"selection": "conditional", "risk": 1.0, "gain": 0.0}
+_BARE = _PAPER | {"floor_weight": 0.0, "floor_max": 0.0}
+"""The paper's ranking without a floor, which leaves nothing to tune."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Eq. 13 and 14 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
-    # validation subset"); the values are those of the authors' prototype.
-    "paper": _IMPORTANCE
-    | {
-        "surrogate": "mask",
-        "objective": "masked",
-        "active": "masked",
-        "rho": 0.25,
-        "gate": "entropy",
-        "floor_weight": 0.2,
-        "floor_max": 0.3,
-    },
+    "paper": _PAPER,
     # The authors' public prototype (toy model, June 2026), as described in `docs/method.md`.
-    "prototype": _IMPORTANCE
+    "prototype": _PAPER
     | {
+        "candidates": 3,
         "surrogate": "inject",
         "context": "exact",
         "objective": "remaining",
-        "active": "masked",
-        "candidates": 3,
-        "sharpen": 0.5,
         "gate": "confidence",
+        "sharpen": 0.5,
         "normalize": "minmax",
-        "floor_weight": 0.2,
-        "floor_max": 0.3,
     },
-    # The paper's ranking with the importance taken in the keys and values, and nothing to tune.
-    "kv": _IMPORTANCE,
+    # The importance taken in the candidates' keys and values, or in what others make of them.
+    "kv": _BARE | {"surrogate": "kv"},
+    "response": _BARE | {"surrogate": "response"},
     # Info-Gain's weighting: the risk as it is, the future as a mean over the masked positions.
-    "future": {
-        "selection": "top",
-        "risk": 1.0,
-        "gain": 1.0,
-        "gain_scale": "mean",
-        "gate": "none",
-        "rho": 1.0,
-    },
-    # Sets with the interaction as a sum over pairs, from one packed pass over the pool.
-    "pairwise": {
-        "selection": "pairwise",
-        "risk": 1.0,
-        "gain": 0.0,
-        "coupling": "pairs",
-        "coupling_measure": "pmi",
-        "interaction": 1.0,
-    },
-    # The same with the coupling measured on all masked rows: the oracle of the estimators.
-    "exact": {
-        "selection": "pairwise",
-        "risk": 1.0,
-        "gain": 0.0,
-        "coupling": "exact",
-        "coupling_measure": "kl",
-        "interaction": 0.3,
-    },
-    # The default: the set is built one token at a time, each by its probability given the others.
-    "joint": _JOINT,
-    # The same with more to choose from.
-    "thorough": _JOINT | {"pool": 3.0, "certain": 1.0},
+    "future": _BARE
+    | {"surrogate": "kv", "risk": 1.0, "gain_scale": "mean", "gate": "none", "rho": 1.0},
 }
+"""Every preset gives every setting, so that no default reaches into one."""
 
 MOST = 1e6
 """Largest weight: no product of a few of them overflows."""
 
-Preset = Literal["paper", "prototype", "kv", "future", "pairwise", "exact", "joint", "thorough"]
+
+def _gain_scale(value: Any) -> float | Literal["mean"]:
+    """A positive weight, or "mean"; one error where a union of types would give two."""
+    if value == "mean":
+        return "mean"
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 < weight <= MOST:
+        raise ValueError(f"expected a number above 0 and at most {MOST:.0f}, or 'mean'")
+    return weight
 
 
 @options
 class BoEConfig(CompositionConfig):
-    """Settings of `boe`, beside those of `CompositionConfig`; entropies in nats."""
+    """Backward-on-Entropy: prefer what, revealed, lowers the entropy of the masks, by one backward.
 
-    preset: Preset | None = None
-    """Named settings; fields given beside it override its own."""
+    A candidate's score is `risk ln p + gain_scale TIS`: how likely its token is right, and the
+    Token Importance Score (eq. 14), gated by certainty (eq. 15) and less a penalty for entropies
+    below a floor (eq. 18, 19). Entropies are in nats.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
+    preset: Literal["paper", "prototype", "kv", "response", "future"] | None = None
+    """Named settings, which replace the server's; fields given beside it go on top. `paper` is
+    Algorithm 1 to the letter, `prototype` the authors' public one, `kv` and `response` the paper's
+    ranking with another surrogate, `future` the weighting of Info-Gain."""
     rho: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the masked positions that are candidates (paper 4.1: 0.1, 0.25, 0.5)."""
+    """Share of the masked positions that are candidates (paper 4.1: 0.1, 0.25, 0.5); at least the
+    tokens due, and twice as many with `sets` "chain"."""
     candidates: Annotated[int, Field(ge=1)] | None = None
-    """A fixed number of candidates instead of a share."""
-    prefilter: Literal["confidence", "margin", "entropy"] = "confidence"
+    """Number of candidates instead of a share, with the same lower limit."""
+    prefilter: Certainty = "confidence"
     """What candidates are chosen by (paper 3.5)."""
-    surrogate: Surrogate = "kv"
-    """Where the entropy is linearised: "mask" (eq. 13, 14: at the mask embedding), "inject"
-    (A.3.1: at the soft embeddings of all candidates), "kv" (in the keys and values), "response" (in
-    the attention outputs of the other rows), "rectified" (the same, rises of entropy left out)."""
+    surrogate: Surrogate = "mask"
+    """Where the entropy is linearised: at the mask embedding ("mask", eq. 13, 14), at the soft
+    embeddings of all candidates ("inject", A.3.1), in the keys and values ("kv"), in the attention
+    outputs of the other rows ("response"), or there without rises of entropy ("rectified")."""
     objective: Literal["masked", "remaining"] = "masked"
-    """Entropies that are summed: of all of M, or of M without the candidates (eq. 11)."""
+    """Entropies that are summed: of all masked positions of the block, or of those that are no
+    candidates (eq. 11)."""
     active: Literal["masked", "candidates", "all"] = "masked"
-    """Rows whose attention passes a gradient (eq. 30): C and the objective's, C alone, or all."""
+    """Rows whose attention passes a gradient (eq. 30): those of the block's masks, of the
+    candidates alone, or all."""
     context: Context = "frozen"
-    """For "inject": whether the rows outside the block keep their old keys and values in the
-    second forward (an approximation) or are computed again."""
+    """What becomes of the rows outside the block in the second forward of `surrogate` "inject":
+    they keep their keys and values (an approximation), or are computed again ("exact")."""
     gate: Literal["entropy", "confidence", "none"] = "entropy"
-    """Factor on the score: eq. 15, the confidence itself, or 1."""
+    """Factor on the importance: `1 - H / ln V` ("entropy", eq. 15), the probability itself or 1."""
     gate_power: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Exponent of the gate."""
     floor_weight: Annotated[float, Field(ge=0, le=MOST)] = 0.0
-    """Lambda of the entropy floor (eq. 19)."""
+    """Weight lambda of the penalty below the entropy floor (eq. 19)."""
     floor_max: Annotated[float, Field(ge=0, le=MOST)] = 0.0
-    """h_max of the entropy floor, nats (eq. 18): high at the start, 0 at the end."""
+    """Height h_max of the entropy floor at the start, nats (eq. 18); it falls to 0 at the end."""
     sharpen: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Temperature of the soft write: pi^(1/sharpen), renormalised."""
     normalize: Literal["none", "minmax"] = "none"
-    """Rescale the scores of the candidates to [0, 1] before the floor's penalty."""
-
+    """Whether the candidates' importance is rescaled to [0, 1] before the floor's penalty."""
     risk: Annotated[float, Field(ge=0, le=MOST)] = 1.0
-    """Weight of ln p_i, the log-probability of the candidate's own token."""
-    gain: Annotated[float, Field(ge=0, le=MOST)] = 0.0
-    """Weight of the Token Importance Score; 0 runs no backward."""
-    gain_scale: Literal["sum", "mean"] = "sum"
-    """Importance as the drop of the summed entropy, or of its mean over the objective."""
-    selection: Literal["top", "pairwise", "conditional"] = "conditional"
-    """How the set is chosen: the best scores; greedily less the coupling with what is chosen; or
-    greedily by the scores once the chosen ones are written (all other rows frozen)."""
-    interaction: Annotated[float, Field(ge=0, le=MOST)] = 1.0
-    """Weight of the coupling ("pairwise")."""
-    coupling: Estimator = "pairs"
-    """Estimator of the coupling; see `steering.coupling`."""
-    coupling_measure: Literal["kl", "pmi"] = "pmi"
-    """What the coupling measures; see `steering.queries.Coupling`."""
-    pool: Annotated[float, Field(ge=1, le=MOST)] = 2.0
-    """Candidates as a multiple of the tokens due, for "pairwise" and "conditional"."""
-    certain: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Probability from which a candidate joins the set without a round of its own
-    ("conditional"); 1 for never."""
+    """Weight of ln p, the log-probability of the candidate's own token; 0 in the paper."""
+    gain_scale: Annotated[float | Literal["mean"], PlainValidator(_gain_scale)] = 1.0
+    """Weight of the importance, above 0; "mean" divides it by the number of objective positions,
+    which is Info-Gain's weighting."""
+    sets: Literal["top", "chain"] = "chain"
+    """How several tokens are chosen: the best scores ("top", the paper's ranking), or the best one
+    and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
+    bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
+    """Probability from which no backward is run when all tokens of the step reach it; null for
+    never. The positions are then taken by probability."""
 
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)
@@ -163,16 +151,3 @@ class BoEConfig(CompositionConfig):
                 "active='all' with surrogate='inject' expected context='exact', got 'frozen': "
                 "frozen rows pass no gradient; set context='exact'"
             )
-
-    @classmethod
-    def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
-        """A preset replaces what the server set; the fields given beside it go on top.
-
-        Without one, a field of the importance score turns the score on.
-        """
-        if fields.get("preset") in PRESETS:
-            return PRESETS[fields["preset"]] | dict(fields)
-        steered = base is not None and getattr(base, "gain", 0.0) > 0
-        if _OF_IMPORTANCE & fields.keys() and not steered:
-            fields = _IMPORTANCE | dict(fields)
-        return PolicyConfig.resolve.__func__(cls, fields, base)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """One of several given answers: the one whose tokens the model finds likeliest.
 
-Not a policy to query for by name: a request with `choices` is decoded by it. Each answer's
+Not a policy to ask for by name: a request with `choices` is decoded by it. Each answer's
 log-likelihood is that of its tokens from left to right, everything after them masked,
 `sum_k ln p(c_k | prompt, c_1 .. c_{k-1})`: one forward for each beginning that the answers share or
 have alone, and one more where the canvas goes back to a shorter beginning. At temperature 0 the
@@ -11,25 +11,37 @@ Legend: `N` next tokens of a beginning.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from boe_vllm.policies.base import SCORE_GRID, Commit, Needs, Policy, PolicyConfig, View, top
+from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.options import options
+from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.steering.likelihood import Likelihood
-from boe_vllm.steering.step import Query
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 Beginning = tuple[int, ...]
 
 
-class ChoicesPolicy(Policy):
+@options
+class ChoicesConfig(PolicyConfig):
+    """One of several given answers: the one whose tokens the model finds likeliest."""
+
+
+class ChoicesPolicy(Policy[ChoicesConfig]):
     """Scores the answers one beginning at a time, and then writes one of them."""
 
     name = "choices"
+    Config = ChoicesConfig
+    source = "ours: the chain rule from left to right"
+    passes = "1 forward for each beginning of the answers"
 
     def __init__(
         self, answers: Sequence[Sequence[int]], eos_token_id: int, rule: Constraint | None = None
@@ -41,7 +53,7 @@ class ChoicesPolicy(Policy):
             eos_token_id: what a canvas holds beyond its answer.
             rule: its filters restrict the draw, as they would one of tokens.
         """
-        super().__init__(PolicyConfig())
+        super().__init__(ChoicesConfig())
         self.answers = [tuple(answer) for answer in answers]
         self.eos_token_id = eos_token_id
         self.rule = rule or Constraint()
@@ -57,14 +69,14 @@ class ChoicesPolicy(Policy):
         """Never reached: a step for each beginning, one to go back from it, and the last."""
         return 2 * len(self.beginnings) + 3
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Asking:
         """Score the next tokens of the current beginning and go on to the next one."""
         memory = view.memory
         now: Beginning = memory.setdefault("beginning", ())
         scores: dict[Beginning, float] = memory.setdefault("scores", {(): 0.0})
         following = sorted({a[: len(now) + 1] for a in self.answers if _begins(a, now)})
         if following and following[0] not in scores:
-            values = yield Likelihood(
+            values: FloatArray = yield Likelihood(
                 index=np.zeros(len(following), np.int64),
                 tokens=np.array([beginning[-1] for beginning in following]),
             )
@@ -76,9 +88,9 @@ class ChoicesPolicy(Policy):
         if left:
             return self._towards(left[0], view)
         if "choice" not in memory:
-            values = np.array([scores[answer] for answer in self.answers])
-            memory["choice"] = self._choose(values, view)
-            memory["logprobs"] = values
+            totals = np.array([scores[answer] for answer in self.answers])
+            memory["choice"] = self._choose(totals, view)
+            memory["logprobs"] = totals
         return self._towards(self.answers[memory["choice"]], view, last=True)
 
     def report(self, memory: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,10 +100,9 @@ class ChoicesPolicy(Policy):
         logprobs = [round(float(value), 4) for value in memory["logprobs"]]
         return {"choices": {"index": memory["choice"], "logprobs": logprobs}}
 
-    def _choose(self, values: np.ndarray, view: View) -> int:
+    def _choose(self, values: FloatArray, view: View) -> int:
         if view.temperature > 0:
-            on_grid = np.round(values / SCORE_GRID) * SCORE_GRID
-            tempered = torch.from_numpy(on_grid / view.temperature).softmax(-1)
+            tempered = torch.from_numpy(values / view.temperature).softmax(-1)
             p = self.rule.filter(tempered[None])[0].cumsum(-1).numpy()
             (number,) = randomness.uniforms(
                 view.seed, step=0, positions=np.array([0]), stream=randomness.CHOOSE

@@ -2,46 +2,52 @@
 
 A composed policy says which positions it would write, best first, for a given number of tokens; the
 functions here decide that number and what is masked again. TABES offers remasking as "optional"
-(its Table 1) without saying how; the rule is ReMDM's, on BoE's choice.
+(its Table 1) without saying how; the rule is ReMDM's, on the policy's choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.base.arrays import BoolArray
+from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, View, top
+from boe_vllm.policies.base import View, top
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.remasking import Diary, RemaskingConfig, RemaskingRule
-from boe_vllm.steering.step import Query
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
+
+    Choose = Callable[[View], Asking]
+    """A policy's own step; it writes at most `View.quota` positions."""
 
 ROUNDING = 1e-9  # a count that is whole must not lose one
-
-Choose = Callable[[View], Generator[Query, Any, Commit]]
-"""A policy's own step; it writes `View.quota` positions."""
 
 
 @options
 class CompositionConfig(RemaskingConfig):
-    """Settings that any policy may add to its own; the inherited ones belong to `remask`."""
+    """Settings that a policy may add to its own; the inherited ones belong to `remask`."""
 
     remask: Literal["none", "remdm"] = "none"
-    """Whether written tokens may be masked again: "remdm" draws them by the ReMDM rule."""
+    """Whether written tokens may be masked again: "remdm" draws them by the ReMDM rule, whose
+    settings are the other fields of this kind."""
     commit: Literal["quota", "eb", "threshold"] = "quota"
-    """How many of the policy's ordering are written: the frame's quota; the longest prefix within
-    the entropy bound; the longest prefix of sure tokens. At least one. Choices of whole sets
-    ("pairwise", "conditional") are cut to that prefix and never grow beyond the quota."""
+    """How many positions of the policy's order are written: as many as the frame's schedule has
+    due ("quota"), the longest prefix within the entropy bound `gamma` ("eb"), or the longest prefix
+    of tokens that reach `threshold`; at least one. Choices of whole sets are cut to that prefix and
+    never grow beyond what is due."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
-    """"eb": bound on `cumsum(H) - cummax(H)`, nats. Default: that of `eb`."""
+    """Bound of `commit` "eb" on `sum H - max H` of the tokens written together, nats. Default: that
+    of the policy `eb`."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """"threshold": least confidence. Default: that of `threshold`."""
+    """Least probability of a token for `commit` "threshold". Default: that of the policy
+    `threshold`."""
 
     def __post_init__(self) -> None:
         self.rule()
@@ -51,36 +57,44 @@ class CompositionConfig(RemaskingConfig):
                 f"got {self.commit!r}; remove one of them"
             )
 
+    def most_due(self, masks: int, quota: int) -> int:
+        """Most tokens that one step may write.
 
-def composed(
-    choose: Choose, view: View, settings: CompositionConfig, *, ranks: bool
-) -> Generator[Query, Any, Commit]:
+        Args:
+            masks: masked positions of the block at its start.
+            quota: most tokens that the frame's schedule has due.
+        """
+        # A step that masks r tokens again writes r more: as many as there are masks, at most.
+        return masks if self.remask != "none" else min(masks, quota)
+
+
+def composed(choose: Choose, view: View, config: CompositionConfig, *, ranks: bool) -> Asking:
     """A policy's step with what its settings put on top.
 
     Args:
         choose: the policy's own step.
         view: of the request.
-        settings: what goes on top.
+        config: what goes on top.
         ranks: the policy scores every candidate, whatever the quota (it does not choose sets).
     """
-    if settings.remask == "remdm":
-        return (yield from remasked(choose, view, settings.rule()))
-    if settings.commit != "quota":
-        return (yield from bounded(choose, view, settings, ranks=ranks))
+    if config.remask == "remdm":
+        return (yield from remasked(choose, view, config.rule()))
+    if config.commit != "quota":
+        return (yield from bounded(choose, view, config, ranks=ranks))
     return (yield from choose(view))
 
 
-def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Query, Any, Commit]:
+def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Asking:
     """The policy's choice, of the tokens that are due and as many as the rule masks again.
 
     ReMDM reveals at random and keeps the share written at `alpha_s` on average; here the shares are
     those of the frame's schedule, kept exactly: a step in which `r` tokens are masked again writes
     `r` more, chosen by the policy among what was masked before. For "loop" the shares are the
-    rule's own, and iterations in which nothing happens are passed over.
+    rule's own, and iterations in which nothing happens are passed over. Where the policy writes
+    fewer than that, fewer are masked again.
     """
     diary, masked, written = Diary(view), len(view.positions), view.written
-    due, remask = 0, written[:0]
-    while due == 0:
+    while True:
         k = diary.iteration
         if rule.schedule == "loop":
             rates = rule.rates(k, view.block_steps)
@@ -93,9 +107,11 @@ def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Query
             )
         drawn = rule.drawn(view, k, rates.sigma, written, diary.stored(written))
         remask = written[drawn][: masked - due]
-        due += len(remask)
         diary.iteration = k + 1
-    commit = yield from choose(dataclasses.replace(view, quota=due))
+        if due + len(remask) > 0:
+            break
+    commit = yield from choose(dataclasses.replace(view, quota=due + len(remask)))
+    remask = remask[: max(0, len(commit.chosen) - due)]
     confidence = np.maximum(view.confidence[commit.chosen], 0.0)
     diary.note(view.positions[commit.chosen], confidence)
     return dataclasses.replace(
@@ -105,27 +121,30 @@ def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Generator[Query
     )
 
 
-def bounded(
-    choose: Choose, view: View, settings: CompositionConfig, *, ranks: bool
-) -> Generator[Query, Any, Commit]:
-    """The longest prefix of the policy's ordering that the bound allows, at least one position.
-
-    Forbidden early commits are in no prefix but one of their own.
-    """
+def bounded(choose: Choose, view: View, config: CompositionConfig, *, ranks: bool) -> Asking:
+    """The longest prefix of the policy's order that the bound allows, at least one position."""
     commit = yield from choose(dataclasses.replace(view, quota=1) if ranks else view)
     order = commit.chosen
     if ranks:
         assert commit.scores is not None
         order = top(commit.scores, max(1, int(np.isfinite(commit.scores).sum())))
-    confidence = view.confidence[order]
-    if settings.commit == "eb":
-        count = bounded_count(view.entropy[order], settings.gamma)
-        count = min(count, leading(np.isfinite(confidence)))
-    else:
-        count = leading(confidence >= settings.threshold)
-    count = max(1, count)
+    count = allowed_count(view, order, config)
     tokens = commit.tokens if commit.tokens is None else commit.tokens[:count]
     return dataclasses.replace(commit, chosen=order[:count], tokens=tokens)
+
+
+def allowed_count(view: View, order: IntArray, config: CompositionConfig) -> int:
+    """How many leading positions of an order the settings let be written together, at least one.
+
+    Forbidden early commits are in no prefix of a bound but one of their own.
+    """
+    confidence = view.confidence[order]
+    if config.commit == "quota":
+        return min(len(order), view.quota)
+    if config.commit == "eb":
+        count = bounded_count(view.entropy[order], config.gamma)
+        return max(1, min(count, leading(np.isfinite(confidence))))
+    return max(1, leading(confidence >= config.threshold))
 
 
 def leading(true: BoolArray) -> int:

@@ -8,8 +8,7 @@ candidate fails; here the rule holds.)
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -17,32 +16,29 @@ from pydantic import Field
 from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
-from boe_vllm.steering.step import Query
 
 
 @options
 class FactorConfig(PolicyConfig):
-    """Settings of `factor`."""
+    """Fast-dLLM's factor rule: the more tokens are written together, the surer each must be."""
 
     factor: Annotated[float, Field(ge=0)] = 1.0
-    """f: larger commits more together. Default: that of Fast-dLLM."""
+    """f of `p_n >= 1 - f / (n + 1)`, for the n-th surest token of a step: larger writes more
+    together. Default: that of Fast-dLLM."""
 
 
-class FactorPolicy(Policy):
+class FactorPolicy(Policy[FactorConfig]):
     """The longest prefix that passes; the number of steps adapts, the quota plays no part."""
 
     name = "factor"
     Config = FactorConfig
+    source = "arXiv 2505.22618; NVlabs/Fast-dLLM `get_transfer_index_dynamic`"
+    passes = "1 forward; the number of steps adapts"
 
-    def __init__(self, config: FactorConfig) -> None:
-        super().__init__(config)
-        self.factor = config.factor
-
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Commit:
         """Count the prefix, commit the surest positions."""
-        count = passing_count(view.confidence, self.factor)
+        count = passing_count(view.confidence, self.config.factor)
         return Commit(chosen=top(view.confidence, count), scores=view.confidence)
-        yield  # a generator like every policy's step
 
 
 def passing_count(confidence: FloatArray, factor: float) -> int:

@@ -15,8 +15,7 @@ written in all of them here.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,57 +25,64 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.local import scores_of_a_draw
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.lookahead import Lookahead, Observed
-from boe_vllm.steering.step import Query
+from boe_vllm.steering.lookahead import Lookahead, Observed, Prospect
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 
 @options
 class InfoGainConfig(PolicyConfig):
-    """Settings of `info-gain`. Defaults are those of the authors' `InfoGainSampler.sample`."""
+    """Info-Gain: of a few candidate sets, the one that costs least entropy and explains most.
+
+    Defaults are those of the authors' `InfoGainSampler.sample`.
+    """
 
     candidates: Annotated[int, Field(ge=1)] = 8
     """Candidate sets per step (`candidate_number`); equal ones are looked at once."""
     position_temperature: Annotated[float, Field(ge=0)] = 0.2
-    """tau_pos; 0 leaves only the surest set."""
+    """Randomness in drawing candidate sets (tau_pos); 0 leaves only the surest set."""
     bypass: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Without looking ahead if every mask of the block is at least this sure (`threshold`); 0
-    never."""
+    """Probability (`threshold`) from which, when every mask of the block reaches it, nothing is
+    looked at; 0 for never."""
     bypass_writes: Literal["all", "quota"] = "all"
-    """What is then written: the whole block, as the authors' `_greedy_unmask` does, or the `b`
-    surest."""
+    """What is written then: the whole block, as the authors' `_greedy_unmask` does, or the surest
+    tokens that are due."""
     cost: bool = True
-    """Whether J has its first term; without it, it is the authors' variant "lookum"."""
+    """Whether the entropy of what is written counts; without it, it is the authors' variant
+    "lookum"."""
     observe: Observed = "masked"
-    """Positions of the mean: all masks of the sequence as in the authors' code, those of the block,
-    or all positions."""
+    """Positions whose mean entropy counts: all masks of the sequence as in the authors' code, those
+    of the block, or all positions."""
     reuse: bool = True
     """Whether the winner's prediction serves the next step; tokens are the same without."""
 
 
-class InfoGainPolicy(Policy):
+class InfoGainPolicy(Policy[InfoGainConfig]):
     """The best of a few candidate sets by one forward each; of equal ones the first."""
 
     name = "info-gain"
     Config = InfoGainConfig
-
-    def __init__(self, config: InfoGainConfig) -> None:
-        super().__init__(config)
-        self.settings = config
+    source = (
+        "Yang et al. 2026 (arXiv 2602.18176); yks23/Information-Gain-Sampler "
+        "`src/samplers/info_gain.py`"
+    )
+    passes = "up to 8 forwards (`candidates`), one of which serves the next step"
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """A forward for each candidate."""
-        return self.settings.candidates * length
+        return self.config.candidates * length
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Asking:
         """Draw candidates, look ahead, write the best."""
-        settings = self.settings
+        settings = self.config
         if settings.bypass > 0 and (view.confidence >= settings.bypass).all():
             count = len(view.positions) if settings.bypass_writes == "all" else view.quota
             return Commit(chosen=top(view.confidence, count), scores=view.confidence)
         sets = self.candidates(view)
         if len(sets) == 1:
             return Commit(chosen=sets[0], scores=view.confidence)
-        prospects = yield Lookahead(
+        prospects: list[Prospect] = yield Lookahead(
             writes=tuple(sets),
             tokens=tuple(view.proposal[chosen] for chosen in sets),
             observe=settings.observe,
@@ -92,7 +98,7 @@ class InfoGainPolicy(Policy):
 
     def candidates(self, view: View) -> list[IntArray]:
         """Distinct sets of `b` indices, the surest first."""
-        settings = self.settings
+        settings = self.config
         sets = [top(view.confidence, view.quota)]
         if len(view.positions) <= view.quota or settings.position_temperature == 0:
             return sets

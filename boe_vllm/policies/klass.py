@@ -8,8 +8,7 @@ below `kl_threshold` and its confidence is above `confidence_threshold`.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
@@ -18,43 +17,46 @@ from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
 from boe_vllm.steering.change import PredictionChange
-from boe_vllm.steering.step import Query
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 HISTORY = "klass.history"
 
 
 @options
 class KLASSConfig(PolicyConfig):
-    """Settings of `klass`. Defaults: those of the authors' function, used for HumanEval; with LLaDA
-    they used (confidence, KL) thresholds of (0.6, 0.015) for GSM8K, (0.6, 0.01) for MATH and
-    (0.7, 0.01) for MBPP, 256 tokens, blocks of 64 and 256 steps."""
+    """KLASS: write every position that is sure and whose prediction has come to rest.
+
+    Defaults: those of the authors' function, used for HumanEval; with LLaDA they used (confidence,
+    KL) thresholds of (0.6, 0.015) for GSM8K, (0.6, 0.01) for MATH and (0.7, 0.01) for MBPP, 256
+    tokens, blocks of 64 and 256 steps.
+    """
 
     confidence_threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """A ready position's confidence is above it."""
+    """Probability that a ready position's token exceeds."""
     kl_threshold: Annotated[float, Field(ge=0)] = 0.01
-    """A ready position's last KLs are below it, nats."""
+    """What the last KLs of a ready position stay below, nats."""
     history: Annotated[int, Field(ge=1, le=1024)] = 2
-    """How many KLs; no position is ready in the first `history - 1` steps of a block."""
+    """How many last KLs; no position is ready in the first `history - 1` steps of a block."""
 
 
-class KLASSPolicy(Policy):
+class KLASSPolicy(Policy[KLASSConfig]):
     """All ready positions, else the quota's best by confidence. KLs persist across blocks."""
 
     name = "klass"
     Config = KLASSConfig
-
-    def __init__(self, config: KLASSConfig) -> None:
-        super().__init__(config)
-        self.settings = config
+    source = "NeurIPS 2025; shkim0116/KLASS `stable_confident_decode`"
+    passes = "1 forward; the number of steps adapts"
 
     def needs(self) -> Needs:
         """A block's first KLs compare with the predictions in the last step of the block before."""
         return Needs(distributions=True, next_block=True)
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
-        """Query for the KLs, commit what is ready."""
-        change = yield PredictionChange(positions=view.positions)
-        settings = self.settings
+    def step(self, view: View) -> Asking:
+        """Ask for the KLs, commit what is ready."""
+        change: FloatArray = yield PredictionChange(positions=view.positions)
+        settings = self.config
         history = recent(view.memory.get(HISTORY), view.positions, change, settings.history)
         view.memory[HISTORY] = (view.positions, history)
         sure = view.confidence > settings.confidence_threshold

@@ -14,26 +14,37 @@ The two differ by `H_i`: "remaining" also rewards removing the candidate's own e
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.policies.local import allowed
-from boe_vllm.steering.lookahead import Lookahead
-from boe_vllm.steering.step import Query
+from boe_vllm.policies.base import (
+    Certainty,
+    Commit,
+    Needs,
+    Policy,
+    PolicyConfig,
+    View,
+    allowed,
+    candidates_of,
+    certainty,
+    top,
+)
+from boe_vllm.steering.lookahead import Lookahead, Prospect
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 
 @options
 class LookaheadConfig(PolicyConfig):
-    """Settings of `lookahead`."""
+    """Exhaustive look-ahead: write each candidate alone and keep what leaves the least entropy."""
 
     rho: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the masked positions that are candidates. Default: all, being exhaustive."""
-    prefilter: Literal["confidence", "margin", "entropy"] = "confidence"
+    prefilter: Certainty = "confidence"
     """What candidates are chosen by if rho is below 1 (paper 3.5)."""
     write: Literal["soft", "proposal"] = "soft"
     """What a candidate's state holds: the soft embedding `E^T pi` (eq. 10), or the token that would
@@ -41,10 +52,11 @@ class LookaheadConfig(PolicyConfig):
     sharpen: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Temperature of the soft write: pi^(1/sharpen), renormalised."""
     score: Literal["drop", "remaining"] = "drop"
-    """See the module. Default: the quantity that TIS estimates."""
+    """What is compared: the entropy that a write takes from the other masks ("drop", what the Token
+    Importance Score estimates), or what remains of it ("remaining", eq. 9)."""
 
 
-class LookaheadPolicy(Policy):
+class LookaheadPolicy(Policy[LookaheadConfig]):
     """The `b` candidates that explain most, each judged alone.
 
     When nothing is left to choose (as many candidates as tokens due) they are written unseen.
@@ -52,29 +64,26 @@ class LookaheadPolicy(Policy):
 
     name = "lookahead"
     Config = LookaheadConfig
-
-    def __init__(self, config: LookaheadConfig) -> None:
-        super().__init__(config)
-        self.settings = config
+    source = "TABES (arXiv 2602.00250), eq. 9 and 16, computed instead of estimated"
+    passes = "1 forward, and 1 for each candidate"
 
     def needs(self) -> Needs:
         """The distributions behind soft writes."""
-        return Needs(distributions=self.settings.write == "soft")
+        return Needs(distributions=self.config.write == "soft")
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """A forward for each candidate."""
-        return max(quota, math.ceil(self.settings.rho * masks)) * length
+        return max(quota, math.ceil(self.config.rho * masks)) * length
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Asking:
         """Prefilter, look ahead once for each candidate, take the best."""
-        settings, masked = self.settings, len(view.positions)
-        by = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}
-        count = min(masked, max(view.quota, math.ceil(settings.rho * masked)))
-        candidates = np.sort(top(allowed(by[settings.prefilter], view), count))
-        if count == view.quota:
+        settings, masked = self.config, len(view.positions)
+        count = math.ceil(settings.rho * masked)
+        candidates = np.sort(candidates_of(view, certainty(view, settings.prefilter), count))
+        if len(candidates) == view.quota:
             return Commit(chosen=candidates, scores=view.confidence)
         writes = tuple(candidates[:, None])
-        prospects = yield Lookahead(
+        prospects: list[Prospect] = yield Lookahead(
             writes=writes,
             tokens=None if settings.write == "soft" else tuple(view.proposal[i] for i in writes),
             observe="block",

@@ -16,33 +16,43 @@ state's forward serves the next step: `k` forwards a step, one more at the start
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import SCORE_GRID, Commit, Policy, PolicyConfig, View, top
-from boe_vllm.policies.local import allowed, scores_of_a_draw
+from boe_vllm.policies.base import (
+    Certainty,
+    Commit,
+    Policy,
+    PolicyConfig,
+    View,
+    candidates_of,
+    certainty,
+    top,
+)
+from boe_vllm.policies.local import scores_of_a_draw
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.lookahead import Lookahead, Observed
-from boe_vllm.steering.step import Query
+from boe_vllm.steering.lookahead import Lookahead, Observed, Prospect
+
+if TYPE_CHECKING:
+    from boe_vllm.policies.base import Asking
 
 
 @options
 class LookUMConfig(PolicyConfig):
-    """Settings of `lookum`; see the module for which of them are the paper's."""
+    """LookUM: of a few drawn sets, one by how certain the model is of what follows."""
 
     paths: Annotated[int, Field(ge=1)] = 2
-    """k, sets drawn per step (paper)."""
+    """Sets drawn per step, k (paper)."""
     pool_size: Annotated[int, Field(ge=1)] = 5
     """Most certain positions that sets are drawn from (paper)."""
     pool_threshold: float | None = None
     """Instead, all positions at least this certain (paper's alternative); in nats and negative for
     certainty "entropy"."""
-    certainty: Literal["confidence", "margin", "entropy"] = "confidence"
+    certainty: Certainty = "confidence"
     """What the pool is ordered by, "entropy" meaning negative entropy (ours)."""
     draw: Literal["uniform", "certainty"] = "uniform"
     """How a set is drawn without replacement: uniformly, or from softmax(certainty /
@@ -58,28 +68,26 @@ class LookUMConfig(PolicyConfig):
     """Whether the winner's prediction serves the next step; tokens are the same without."""
 
 
-class LookUMPolicy(Policy):
+class LookUMPolicy(Policy[LookUMConfig]):
     """One of a few drawn sets, resampled by what the model then still doubts."""
 
     name = "lookum"
     Config = LookUMConfig
-
-    def __init__(self, config: LookUMConfig) -> None:
-        super().__init__(config)
-        self.settings = config
+    source = "Lee et al. 2025 (arXiv 2511.05563)"
+    passes = "2 forwards (`paths`), one of which serves the next step"
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """A forward for each path."""
-        return self.settings.paths * length
+        return self.config.paths * length
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Asking:
         """Draw sets from the pool, look ahead, resample one."""
-        settings = self.settings
+        settings = self.config
         counts = Counter(self.draw(view, self.pool(view)))
         sets = [np.array(chosen) for chosen in counts]
         if len(sets) == 1:
-            return Commit(chosen=sets[0], scores=self.certainty(view))
-        prospects = yield Lookahead(
+            return Commit(chosen=sets[0], scores=certainty(view, settings.certainty))
+        prospects: list[Prospect] = yield Lookahead(
             writes=tuple(sets),
             tokens=tuple(view.proposal[chosen] for chosen in sets),
             observe=settings.observe,
@@ -95,39 +103,36 @@ class LookUMPolicy(Policy):
         scores[sets[best]] = rewards[best]
         return Commit(chosen=sets[best], scores=scores, carry=prospects[best].carry)
 
-    def certainty(self, view: View) -> FloatArray:
-        """[M] what the pool is ordered by; forbidden early commits come last."""
-        by = {"confidence": view.confidence, "margin": view.margin, "entropy": -view.entropy}
-        return allowed(by[self.settings.certainty], view)
-
     def pool(self, view: View) -> IntArray:
-        """Indices that sets are drawn from, the most certain first, at least `b`."""
-        certainty = self.certainty(view)
-        size = self.settings.pool_size
-        if self.settings.pool_threshold is not None:
-            size = int((certainty >= self.settings.pool_threshold).sum())
-        return top(certainty, max(size, view.quota))
+        """Indices that sets are drawn from, the most certain first, at least `b`; what may only be
+        committed last is among them only where nothing else is left to make up the `b`."""
+        scores = certainty(view, self.config.certainty)
+        size = self.config.pool_size
+        if self.config.pool_threshold is not None:
+            size = int((scores >= self.config.pool_threshold).sum())
+        return candidates_of(view, scores, size)
 
     def draw(self, view: View, pool: IntArray) -> list[tuple[int, ...]]:
         """`k` sets of `b` indices, each ascending; a set may come twice."""
-        settings = self.settings
+        settings = self.config
         if len(pool) == view.quota:
             return [tuple(sorted(pool.tolist()))]
         sets = []
         for n in range(settings.paths):
             scores = view.uniforms(randomness.CANDIDATES + n)
             if settings.draw == "certainty":
-                scores = scores_of_a_draw(self.certainty(view), settings.draw_temperature, scores)
+                scores = scores_of_a_draw(
+                    certainty(view, settings.certainty), settings.draw_temperature, scores
+                )
             sets.append(tuple(sorted(pool[top(scores[pool], view.quota)].tolist())))
         return sets
 
 
 def importance(rewards: FloatArray, counts: IntArray, tau: float) -> FloatArray:
-    """Weights `count * exp(reward / tau)`, the largest exponential being 1; of rewards on
-    `SCORE_GRID`. With tau 0 only the best counts, of equal ones the first."""
+    """Weights `count * exp(reward / tau)`, the largest exponential being 1. With tau 0 only the
+    best counts, of equal ones the first."""
     if tau == 0:
         weights = np.zeros(len(rewards))
         weights[top(rewards, 1)] = 1.0
         return weights
-    on_grid = np.round(rewards / SCORE_GRID) * SCORE_GRID
-    return counts * np.exp((on_grid - on_grid.max()) / tau)
+    return counts * np.exp((rewards - rewards.max()) / tau)

@@ -1,15 +1,17 @@
 """Commit where the best token leads the second by most (Kim et al. 2025; Dream's `topk_margin`)."""
 
-from boe_vllm.base.arrays import FloatArray
-from boe_vllm.policies.base import View
-from boe_vllm.policies.local import CertaintyPolicy
+from boe_vllm.base.options import options
+from boe_vllm.policies.local import CertaintyConfig, CertaintyPolicy
+
+
+@options
+class MarginConfig(CertaintyConfig):
+    """Write first where the likeliest token leads the second by most."""
 
 
 class MarginPolicy(CertaintyPolicy):
     """Score: largest minus second largest probability."""
 
-    name = "margin"
-
-    def certainty(self, view: View) -> FloatArray:
-        """[M] margins."""
-        return view.margin
+    name, by = "margin", "margin"
+    Config = MarginConfig
+    source = "Kim et al. 2025; HKUNLP/Dream `generation_utils.py`, `topk_margin`"

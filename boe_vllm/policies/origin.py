@@ -7,8 +7,7 @@ A mask that is there at time `t` is revealed by time `s < t` with probability `1
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -17,20 +16,19 @@ from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.step import Query
 
 GRID_STEP = "origin.grid_step"
 
 
 @options
 class OriginConfig(PolicyConfig):
-    """Settings of `origin`."""
+    """Dream's ancestral sampler: every mask is revealed at its own random time."""
 
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """Where the time grid ends. Default: that of `DreamGenerationConfig`."""
+    """Time at which the grid of the steps ends. Default: that of `DreamGenerationConfig`."""
 
 
-class OriginPolicy(Policy):
+class OriginPolicy(Policy[OriginConfig]):
     """Every mask at its own random time; the quota plays no part, only the number of steps.
 
     A grid step that reveals nothing would be followed by the very same prediction, so it is passed
@@ -41,14 +39,12 @@ class OriginPolicy(Policy):
 
     name = "origin"
     Config = OriginConfig
+    source = 'HKUNLP/Dream `generation_utils.py`, `alg="origin"`'
+    passes = "1 forward; steps that reveal nothing are passed over"
 
-    def __init__(self, config: OriginConfig) -> None:
-        super().__init__(config)
-        self.eps = config.eps
-
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Commit:
         """Commit the masks of the next grid step that reveals any."""
-        times = np.linspace(1.0, self.eps, view.block_steps + 1)
+        times = np.linspace(1.0, self.config.eps, view.block_steps + 1)
         now = 0 if view.block_step == 0 else view.memory[GRID_STEP]
         reveal = reveal_steps(view.uniforms(randomness.CHOOSE), times, now)
         late = np.isneginf(view.confidence)
@@ -57,7 +53,6 @@ class OriginPolicy(Policy):
         earliest = reveal.min()
         view.memory[GRID_STEP] = int(earliest) + 1
         return Commit(chosen=np.flatnonzero(reveal == earliest))
-        yield  # a generator like every policy's step
 
 
 def reveal_steps(uniforms: FloatArray, times: FloatArray, now: int) -> IntArray:

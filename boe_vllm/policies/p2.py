@@ -9,28 +9,25 @@ are written. A written token that is kept stays as it is, whatever is proposed i
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, top
-from boe_vllm.steering.step import Query
+from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, log, top
 
 
 @options
 class P2Config(PolicyConfig):
-    """Settings of `p2`."""
+    """Path planning: written tokens compete with masks for their places and may be masked again."""
 
     eta: Annotated[float, Field(ge=0)] = 1.0
-    """Factor on the scores of written tokens: 0 never masks one again, more masks more. Default:
-    that of `p2_sampling`."""
+    """Factor on the log-probabilities of written tokens: 0 never masks one again, more masks more.
+    Default: that of `p2_sampling`."""
 
 
-class P2Policy(Policy):
+class P2Policy(Policy[P2Config]):
     """Score written and masked positions together and keep the best.
 
     Only the steps count, not the quota: at `steps` per block or `tokens_per_step` alike, as many
@@ -41,34 +38,27 @@ class P2Policy(Policy):
 
     name = "p2"
     Config = P2Config
-
-    def __init__(self, config: P2Config) -> None:
-        super().__init__(config)
-        self.eta = config.eta
+    source = "Peng et al. 2025 (arXiv 2502.03540); pengzhangzhi/Path-Planning `p2_sampling`"
 
     def needs(self) -> Needs:
         """Predictions at written positions."""
         return Needs(revision=True)
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Commit:
         """Keep the best `n - n (T - i)/T` of the block."""
         assert view.revision is not None
         done, steps, written = view.block_step + 1, view.block_steps, len(view.written)
         masked_after = view.block_masks * max(0, steps - done) // steps
-        scores = np.concatenate([self.eta * log(view.revision.confidence), log(view.confidence)])
+        scores = np.concatenate(
+            [self.config.eta * log(view.revision.confidence), log(view.confidence)]
+        )
         kept = np.zeros(len(scores), bool)
         kept[top(scores, view.block_masks - masked_after)] = True
         chosen, remask = np.flatnonzero(kept[written:]), view.written[~kept[:written]]
         return Commit(
             chosen=chosen,
             remask=remask,
-            settled=self.eta == 0 or done >= steps,
+            settled=self.config.eta == 0 or done >= steps,
             idle=len(chosen) == 0 and len(remask) == 0,
             scores=scores[written:],
         )
-        yield  # a generator like every policy's step
-
-
-def log(confidence: FloatArray) -> FloatArray:
-    """Natural logarithm; -inf stays and 0 becomes a large negative number."""
-    return np.where(np.isneginf(confidence), -np.inf, np.log(np.maximum(confidence, 1e-300)))

@@ -17,8 +17,8 @@ from pydantic import Field
 from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
 from boe_vllm.policies import frequencies
-from boe_vllm.policies.base import PolicyConfig, View
-from boe_vllm.policies.local import LocalPolicy, allowed
+from boe_vllm.policies.base import PolicyConfig, View, allowed
+from boe_vllm.policies.local import LocalPolicy
 
 EPSILON = 1e-9
 _LAST = -1e300
@@ -26,7 +26,7 @@ _LAST = -1e300
 
 @options
 class PCConfig(PolicyConfig):
-    """Settings of `pc`."""
+    """PC-Sampler: confidence, less for later positions and for trivial tokens."""
 
     frequencies: str | None = None
     """Path of a token frequency table; needed. Only the server's configuration may set it: a
@@ -47,7 +47,7 @@ class PCConfig(PolicyConfig):
         frequencies.load(self.frequencies)
 
 
-class PCPolicy(LocalPolicy):
+class PCPolicy(LocalPolicy[PCConfig]):
     """Ranks by the logarithm of the score: the same order, also where the score underflows.
 
     Masks inside the prompt, which are written with the first block, count as its position 0.
@@ -55,10 +55,10 @@ class PCPolicy(LocalPolicy):
 
     name = "pc"
     Config = PCConfig
+    source = "arXiv 2508.13021; NEUIR/PC-Sampler `pc_sampler_function`"
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
-        self.settings = config
         assert config.frequencies is not None
         self.table = frequencies.load(config.frequencies)
 
@@ -71,13 +71,13 @@ class PCPolicy(LocalPolicy):
         if self.table.largest_token >= view.vocab_size:
             raise ValueError(
                 f"frequencies: expected a table for {view.vocab_size} tokens, got token "
-                f"{self.table.largest_token} in {self.settings.frequencies!r}; count one with this "
+                f"{self.table.largest_token} in {self.config.frequencies!r}; count one with this "
                 f"model's tokenizer"
             )
         index = np.maximum(view.positions - view.block_start, 0)
         confidence = np.maximum(view.confidence, 0.0)
         calibrated = -confidence * np.log(self.table(view.proposal) + EPSILON)
         with np.errstate(divide="ignore"):
-            value = np.log(np.minimum(calibrated, self.settings.alpha))
+            value = np.log(np.minimum(calibrated, self.config.alpha))
         value = np.maximum(value, _LAST)  # -inf is for what may not be written early
-        return allowed(value - self.settings.lambd * index, view)
+        return allowed(value - self.config.lambd * index, view)

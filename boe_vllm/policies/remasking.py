@@ -155,14 +155,15 @@ def _rates(alpha_t: float, alpha_s: float, sigma: float) -> Rates:
 
 @options
 class RemaskingConfig(PolicyConfig):
-    """Settings of the rule. Defaults are the authors', for 1024 steps."""
+    """ReMDM's remasking rule. Defaults are the authors', for 1024 steps."""
 
     sigma_schedule: Schedule = "cap"
-    """Probability sigma of masking a written token again: "cap" min(eta, sigma_max), "rescale"
+    """How probable it is that a written token is masked again: "cap" min(eta, sigma_max), "rescale"
     eta sigma_max, "conf" sigma_max softmax(-p at its last reveal), "loop" eta from t_on to t_off,
     with the share alpha_on written, and 0 before and after."""
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Strength. Default: 0.008 (cap), 0.015 (rescale), 0.02 (loop)."""
+    """Strength of the remasking; null takes the authors' 0.008 (cap), 0.015 (rescale), 0.02 (loop),
+    and is the only value for "conf"."""
     t_on: Share = 0.55
     """Time at which the loop begins; time runs from 1 to 0."""
     t_off: Share = 0.05

@@ -2,13 +2,10 @@
 arXiv 2503.00307; kuleshov-group/remdm, `_ddpm_caching_update`). See `remasking` for the rule.
 
 The authors decode the canvas as one block (`block_length` = `gen_length`) in 1024 steps and sample
-tokens at temperature 1 from a nucleus of 0.9; the nucleus is not offered here.
+tokens at temperature 1 from a nucleus of 0.9: `temperature` 1 and `top_p` 0.9 of a request.
 """
 
 from __future__ import annotations
-
-from collections.abc import Generator
-from typing import Any
 
 import numpy as np
 
@@ -17,15 +14,14 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, View
 from boe_vllm.policies.remasking import Diary, RemaskingConfig
 from boe_vllm.sampling import randomness
-from boe_vllm.steering.step import Query
 
 
 @options
 class ReMDMConfig(RemaskingConfig):
-    """Settings of `remdm`: those of the rule."""
+    """ReMDM: masks are revealed, and written tokens masked again, at random by a schedule."""
 
 
-class ReMDMPolicy(Policy):
+class ReMDMPolicy(Policy[ReMDMConfig]):
     """One iteration after the other, in at most as many steps as the block has.
 
     The quota plays no part, only the number of steps. An iteration that changes nothing is followed
@@ -36,12 +32,14 @@ class ReMDMPolicy(Policy):
 
     name = "remdm"
     Config = ReMDMConfig
+    source = "Wang et al. 2025 (arXiv 2503.00307); kuleshov-group/remdm `_ddpm_caching_update`"
+    passes = "1 forward; steps that change nothing are passed over"
 
     def __init__(self, config: ReMDMConfig) -> None:
         super().__init__(config)
         self.rule = config.rule()
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Commit:
         """Reveal and remask by the next iteration that does either."""
         diary, steps = Diary(view), view.block_steps
         late = np.isneginf(view.confidence)
@@ -69,7 +67,6 @@ class ReMDMPolicy(Policy):
             remask=remask,
             settled=not self.rule.remasks_later(diary.iteration, steps),
         )
-        yield  # a generator like every policy's step
 
     def _remask(self, view: View, diary: Diary, written: IntArray) -> IntArray:
         """Positions that the diary's iteration masks again."""

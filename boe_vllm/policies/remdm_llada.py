@@ -10,8 +10,7 @@ confidences although fewer than `n` tokens are written, it masks the prompt; her
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -19,19 +18,18 @@ from pydantic import Field
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig, View, top
 from boe_vllm.policies.remasking import Diary
-from boe_vllm.steering.step import Query
 
 
 @options
 class ReMDMLLaDAConfig(PolicyConfig):
-    """Settings of `remdm-llada`."""
+    """ReMDM on LLaDA: confidence order, with a window in which the least sure tokens are redone."""
 
     remask_number: Annotated[int, Field(ge=1)] = 1
-    """Tokens masked again in an iteration of the window. Default: that of the authors' Countdown
-    runs (`remdm_number`)."""
+    """Tokens masked again in a step of the window. Default: that of the authors' Countdown runs
+    (`remdm_number`)."""
 
 
-class ReMDMLLaDAPolicy(Policy):
+class ReMDMLLaDAPolicy(Policy[ReMDMLLaDAConfig]):
     """Confidence order with a window in which the least sure tokens are written anew.
 
     An iteration that would find nothing masked is passed over and costs no forward.
@@ -39,22 +37,20 @@ class ReMDMLLaDAPolicy(Policy):
 
     name = "remdm-llada"
     Config = ReMDMLLaDAConfig
-
-    def __init__(self, config: ReMDMLLaDAConfig) -> None:
-        super().__init__(config)
-        self.number = config.remask_number
+    source = "guanghanwang/ReMDM-LLaDA `llada_remdm_sample`"
+    passes = "1 forward; up to twice the planned steps"
 
     def step_limit(self, masks: int, steps: int) -> int:
         """Twice the planned steps, or one step for each mask if those are more."""
         return max(masks, 2 * steps)
 
-    def step(self, view: View) -> Generator[Query, Any, Commit]:
+    def step(self, view: View) -> Commit:
         """Reveal for this iteration; what the next one remasks is masked in the same step."""
-        diary = Diary(view)
+        diary, number = Diary(view), self.config.remask_number
         k, steps = diary.iteration, view.block_steps
         begin = view.block_masks * 7 // 8
         end = min(begin + steps, 2 * steps)
-        due = self.number if begin <= k < end else self._quota(view, k, begin, end)
+        due = number if begin <= k < end else self._quota(view, k, begin, end)
         chosen = top(view.confidence, due)
         positions = view.positions[chosen]
         diary.note(positions, view.confidence[chosen])
@@ -64,7 +60,7 @@ class ReMDMLLaDAPolicy(Policy):
         while True:
             k += 1
             if begin <= k < end:
-                remask = written[top(-diary.stored(written), self.number)]
+                remask = written[top(-diary.stored(written), number)]
                 break
             if k >= 2 * steps or (left and self._quota(view, k, begin, end)):
                 break
@@ -75,7 +71,6 @@ class ReMDMLLaDAPolicy(Policy):
             settled=k + 1 >= end or begin >= end,
             scores=view.confidence,
         )
-        yield  # a generator like every policy's step
 
     def _quota(self, view: View, iteration: int, begin: int, end: int) -> int:
         """Tokens that an iteration outside the window reveals: LLaDA's quota of its turn."""

@@ -1,7 +1,4 @@
-"""Choosing a set of positions to write together: the interaction terms of eq. 9.
-
-Legend: `C` candidates, `b` tokens of this step.
-"""
+"""Choosing a set of positions to write together: the interaction that eq. 9 asks for."""
 
 from __future__ import annotations
 
@@ -11,54 +8,48 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.policies.base import View, top
+from boe_vllm.policies.base import View, log, top
 from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
-
-def pairwise_set(scores: FloatArray, coupling: FloatArray, count: int) -> IntArray:
-    """Greedy `argmax_i score_i - sum of coupling_ij over the chosen j`, [b]; ties by position.
-
-    Args:
-        scores: [C] scores, -inf for positions that come last.
-        coupling: [C, C] nats, already weighted.
-        count: b.
-    """
-    chosen: list[int] = []
-    penalty = np.zeros(len(scores))
-    left = scores.copy()
-    for _ in range(count):
-        # Those that come last are still taken, lowest position first, once nothing else is left.
-        open_scores = np.where(np.isin(np.arange(len(scores)), chosen), -np.inf, left - penalty)
-        order = top(open_scores, len(scores))
-        best = next(int(i) for i in order if i not in chosen)
-        chosen.append(best)
-        penalty += coupling[best]
-    return np.array(chosen, dtype=np.int64)
+CERTAIN = 0.99
+"""Probability from which a candidate joins a set without a round of its own."""
 
 
-def conditional_set(
-    view: View, candidates: IntArray, scores: FloatArray, *, risk: float, certain: float
-) -> Generator[Query, Any, tuple[IntArray, IntArray]]:
+def chain_set(
+    view: View, candidates: IntArray, scores: FloatArray, *, certain: float = CERTAIN
+) -> Generator[Query[Any], Any, tuple[IntArray, IntArray]]:
     """Build the set by the chain rule: indices into `candidates` and their tokens, [b] each.
 
-    The best candidate joins; then the others are predicted again as if it were written, all rows
-    but the candidates' frozen, and so on. Their scores change by `risk` times the change of their
-    log-probability, and their proposals by what now is likeliest (or sampled, with the same random
-    numbers). Candidates whose probability reaches `certain` join without a round of their own.
+    The best candidate by the given scores joins; then the others are predicted again as if it were
+    written, all rows but the candidates' frozen, and the likeliest of them joins; and so on. What
+    they propose is what now is likeliest (or sampled, with the same random numbers). Candidates
+    whose probability reaches `certain` join without a round of their own.
+
+    What may only be committed last joins when no other position of the block is left; the set is
+    smaller than `b` when that leaves nothing of the candidates.
+
+    Args:
+        view: of the request.
+        candidates: [C] indices into `View.positions`, at least `b`.
+        scores: [C] what the first is chosen by; -inf where the proposal may only come last.
+        certain: see above.
     """
-    confidence = view.confidence[candidates].copy()
-    tokens = view.proposal[candidates].copy()
+    confidence, tokens = view.confidence[candidates], view.proposal[candidates]
     uniform = view.uniforms(randomness.WRITE)[candidates]
-    gains = scores - risk * _log(confidence)
+    others_left = np.isfinite(np.delete(view.confidence, candidates)).any()
     current = scores.copy()
     chosen: list[int] = []
     left = np.arange(len(candidates))
     while len(chosen) < view.quota:
         order = left[top(current[left], len(left))]
+        room = view.quota - len(chosen)
+        if np.isneginf(current[order[0]]):
+            chosen += [] if others_left else order[:room].tolist()
+            break
         joining = [int(i) for n, i in enumerate(order) if n == 0 or confidence[i] >= certain]
-        chosen += joining[: view.quota - len(chosen)]
+        chosen += joining[:room]
         left = np.setdiff1d(left, chosen)
         if len(chosen) == view.quota:
             break
@@ -70,12 +61,38 @@ def conditional_set(
             uniform=uniform[left],
         )
         tokens[left] = given.proposal
-        forbidden = np.isneginf(current[left])
-        confidence[left] = given.confidence
-        fresh = gains[left] + risk * _log(given.confidence)
-        current[left] = np.where(forbidden, -np.inf, fresh)
+        confidence[left] = view.committable(given.proposal, given.confidence)
+        current[left] = log(confidence[left])
     return np.array(chosen, dtype=np.int64), tokens[chosen]
 
 
-def _log(p: FloatArray) -> FloatArray:
-    return np.log(np.maximum(p, 1e-300))
+def chain_rows(candidates: int, due: int) -> int:
+    """Most rows that `chain_set` computes for so many candidates and tokens due."""
+    return max(0, due - 1) * candidates
+
+
+def pairwise_set(scores: FloatArray, coupling: FloatArray, count: int) -> IntArray:
+    """Greedy `argmax_i score_i - sum of coupling_ij over the chosen j`, [b]; ties by position.
+
+    Args:
+        scores: [C] scores, -inf for positions that come last: they are taken, lowest position
+            first, once nothing else is left.
+        coupling: [C, C] nats, already weighted.
+        count: b.
+    """
+    chosen: list[int] = []
+    penalty = np.zeros(len(scores))
+    left = np.arange(len(scores))
+    for _ in range(count):
+        best = int(left[top((scores - penalty)[left], 1)[0]])
+        chosen.append(best)
+        left = left[left != best]
+        penalty += coupling[best]
+    return np.array(chosen, dtype=np.int64)
+
+
+def over_all(view: View, candidates: IntArray, scores: FloatArray) -> FloatArray:
+    """[M] the candidates' scores, -inf elsewhere."""
+    everyones = np.full(len(view.positions), -np.inf)
+    everyones[candidates] = scores
+    return everyones

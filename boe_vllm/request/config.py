@@ -158,24 +158,29 @@ def parse_sampler_config(
                 name, ["policy", *frame_names, *own_names], f" for policy {policy!r}"
             )
     frame = {key: value for key, value in fields.items() if key in frame_names}
-    # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
-    inherited = dataclasses.asdict(base.frame)
-    for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
-        if frame.get(name) is not None and other not in frame:
-            inherited[other] = None
-    if given_text.canvas_template is not None:
-        inherited["gen_length"] = None  # a request's own template goes before a server's length
     settings = {key: value for key, value in fields.items() if key in own_names}
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
     return SamplerConfig(
         policy=policy,
-        frame=options.build(FrameConfig, inherited | frame),
+        frame=_frame(base.frame, frame, given_text),
         settings=options.build(settings_class, settings),
         server=server_config,
         given_text=given_text,
     )
+
+
+def _frame(base: FrameConfig, own: Mapping[str, Any], given_text: GivenText) -> FrameConfig:
+    """A request's frame over the server's."""
+    inherited = dataclasses.asdict(base)
+    # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
+    for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
+        if own.get(name) is not None and other not in own:
+            inherited[other] = None
+    if given_text.canvas_template is not None:
+        inherited["gen_length"] = None  # a request's own template goes before a server's length
+    return options.build(FrameConfig, inherited | dict(own))
 
 
 def _for_choices(
@@ -189,10 +194,12 @@ def _for_choices(
                 f"choices: expected only {sorted(kept)} beside it, got "
                 f"{name}={shown(fields[name])}; remove {name!r}"
             )
+    from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
     return SamplerConfig(
         policy=CHOICES,
-        settings=PolicyConfig(),
         frame=options.build(FrameConfig, kept | dict(fields)),
+        settings=ChoicesConfig(),
         server=base.server,
         given_text=given_text,
     )

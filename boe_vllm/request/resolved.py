@@ -99,7 +99,11 @@ _PLAIN = [
 
 
 def _settings_class(policy: str) -> type[PolicyConfig]:
-    return PolicyConfig if policy == CHOICES else load_policy(policy).Config
+    if policy == CHOICES:
+        from boe_vllm.policies.choices import ChoicesConfig  # which brings torch
+
+        return ChoicesConfig
+    return load_policy(policy).Config
 
 
 def _to_plain(value: Any) -> Any:

@@ -5,23 +5,24 @@ vLLM's fields on a canvas that is written in any order: `logit_bias`, `allowed_t
 request at the canvas positions below it; a bad word of several tokens forbids, at each position,
 the token that would complete it there; `top_k`, `top_p` and `min_p` restrict draws.
 
-A pass packs rows of many requests, so each row names its constraint by number: 0 for none, `n` for
-the `n`-th of the pass's table. The order of operations is listed in `sampling.statistics`.
+The order of operations is listed in `sampling.statistics`.
 
-Legend: `L` positions of prompt and canvas, `M` some masked positions, `R` packed logit rows, `r`
-those of one constraint, `V` vocabulary.
+Legend: `L` positions of prompt and canvas, `M` some masked positions, `R` logit rows, `r` those of
+one constraint, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
+from boe_vllm.base.transfer import to_device
 
 Tensor = torch.Tensor
 
@@ -33,7 +34,7 @@ def _no_tokens() -> IntArray:
     return np.empty(0, np.int64)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False, weakref_slot=True)
 class Constraint:
     """Edits of the logits, which every statistic sees, and filters, which only a draw sees."""
 
@@ -79,18 +80,16 @@ class Constraint:
 
     def edit(self, logits_RV: Tensor, rows_r: Tensor) -> None:
         """Edit some rows in place."""
-        device = logits_RV.device
+        tokens = _tokens_on(self, logits_RV.device)
         logits = logits_RV[rows_r]
-        if self.allowed_token_ids is not None:
-            allowed = torch.from_numpy(self.allowed_token_ids).to(device)
+        if tokens.allowed is not None:
             edited = torch.full_like(logits, NEVER)
-            edited[:, allowed] = logits[:, allowed]
+            edited[:, tokens.allowed] = logits[:, tokens.allowed]
             logits = edited
-        if len(self.biased_token_ids):
-            tokens = torch.from_numpy(self.biased_token_ids).to(device)
-            logits[:, tokens] += torch.from_numpy(self.logit_bias).to(logits)
-        if len(self.banned_token_ids):
-            logits[:, torch.from_numpy(self.banned_token_ids).to(device)] = NEVER
+        if len(tokens.biased):
+            logits[:, tokens.biased] += tokens.bias.to(logits)
+        if len(tokens.banned):
+            logits[:, tokens.banned] = NEVER
         logits_RV[rows_r] = logits
 
     def filter(self, p_rV: Tensor) -> Tensor:
@@ -110,6 +109,34 @@ class Constraint:
             ordered = ordered.where(before < limit, 0.0)
             p_rV = torch.zeros_like(p_rV).scatter(-1, index, ordered)
         return p_rV
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """A constraint's arrays on a device."""
+
+    allowed: Tensor | None
+    banned: Tensor
+    biased: Tensor
+    bias: Tensor
+
+
+_ON_DEVICE: WeakKeyDictionary[Constraint, dict[torch.device, _Tokens]] = WeakKeyDictionary()
+"""Constraints hold for many steps: their arrays stay on the device as long as they live."""
+
+
+def _tokens_on(constraint: Constraint, device: torch.device) -> _Tokens:
+    known = _ON_DEVICE.setdefault(constraint, {})
+    if device not in known:
+        lists = constraint.banned_token_ids, constraint.biased_token_ids, constraint.logit_bias
+        allowed = constraint.allowed_token_ids
+        banned, biased, bias, *rest = to_device(
+            [*lists, *([] if allowed is None else [allowed])], device
+        )
+        known[device] = _Tokens(
+            allowed=rest[0] if rest else None, banned=banned, biased=biased, bias=bias
+        )
+    return known[device]
 
 
 @functools.cache
@@ -240,32 +267,3 @@ class CanvasConstraints:
                 if masked[start + offset]:
                     found.setdefault(start + offset, set()).add(int(word[offset]))
         return found
-
-
-class ConstraintTable:
-    """The constraints of one pass by number, each once: 0 stands for none."""
-
-    def __init__(self, constraints: Sequence[Constraint] = ()) -> None:
-        """A table that holds some constraints already, numbered from 1 in their order."""
-        self.constraints = list(constraints)  # which keeps them alive, and their ids their own
-        self._numbers = {id(constraint): n for n, constraint in enumerate(constraints, 1)}
-
-    def numbers(self, constraints: Sequence[Constraint] | None, count: int) -> IntArray:
-        """[count] the numbers of some rows' constraints; all 0 for None."""
-        if constraints is None:
-            return np.zeros(count, np.int64)
-        return np.array([self._number(constraint) for constraint in constraints], np.int64)
-
-    def rows(
-        self, constraint_R: IntArray, device: torch.device
-    ) -> Iterator[tuple[Constraint, Tensor]]:
-        """Each constraint that some rows have, with these rows."""
-        for number in np.unique(constraint_R[constraint_R > 0]).tolist():
-            rows = torch.from_numpy(np.flatnonzero(constraint_R == number)).to(device)
-            yield self.constraints[number - 1], rows
-
-    def _number(self, constraint: Constraint) -> int:
-        if id(constraint) not in self._numbers:
-            self.constraints.append(constraint)
-            self._numbers[id(constraint)] = len(self.constraints)
-        return self._numbers[id(constraint)]

@@ -14,8 +14,9 @@ from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.rows import RowLayout, SequenceRows
 from boe_vllm.models.saved import SavedPass
-from boe_vllm.sampling.constraints import CanvasConstraints, ConstraintTable
-from boe_vllm.sampling.statistics import LogProbabilities
+from boe_vllm.sampling.constraint_table import ConstraintTable
+from boe_vllm.sampling.constraints import CanvasConstraints
+from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Guidance, Place
 
 T = TypeVar("T")

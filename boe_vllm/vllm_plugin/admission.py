@@ -106,6 +106,7 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
         return params
     config = processor.vllm_config
     _refuse_what_would_be_ignored(params)
+    check_transport(params)
     own = params.clone()
     _process_as_vllm_will(own, len(token_ids), processor)
     resolved = _resolve(token_ids, own, config)
@@ -181,6 +182,7 @@ def admit(
     resolved = (params.extra_args or {}).get(KEY)
     if not isinstance(resolved, ResolvedRequest):
         _refuse_what_would_be_ignored(params)
+        check_transport(params)  # the Python interface takes values of any type
         resolved = _resolve(prompt_token_ids, params, vllm_config)
     _complete(params, resolved)
     return resolved

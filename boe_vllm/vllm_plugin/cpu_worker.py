@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
 from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from boe_vllm.base.process_memory import keep_freed_memory
 from boe_vllm.vllm_plugin.runner import DiffusionModelRunner, check_runner
@@ -27,3 +29,13 @@ class DiffusionCPUWorker(cpu_worker.CPUWorker):
         finally:
             cpu_worker.CPUModelRunner = original
         check_runner(self.model_runner)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Run the largest steps once, which vLLM leaves out where nothing is compiled."""
+        if not envs.VLLM_CPU_CI_ENV:  # vLLM's own switch for quick starts
+            self.model_runner.warming_up_model()
+        return super().compile_or_warm_up_model()
+
+    def _should_warm_up_model(self) -> bool:
+        """Not again."""
+        return False

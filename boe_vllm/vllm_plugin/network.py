@@ -6,7 +6,9 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 
+from boe_vllm.attention import explain_auto
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.vllm_plugin.parallel import ParallelLayers
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # What the rooms below log comes out where vLLM's own messages do, in its format and at its level.
 logging.getLogger("boe_vllm").parent = logging.getLogger("vllm")
+logger = init_logger("vllm." + __name__)
 
 
 class LLaDAForDiffusion(Decoder):
@@ -23,6 +26,9 @@ class LLaDAForDiffusion(Decoder):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """As vLLM calls it; `prefix` is for models within models, which this is not."""
         super().__init__(vllm_config.model_config.hf_config, ParallelLayers())
+        device, dtype = vllm_config.device_config.device_type, vllm_config.model_config.dtype
+        impl, reason = explain_auto(device, dtype, self.layers[0].head_size)
+        logger.info_once("Attention is %s's: %s.", impl, reason)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's name for `embed`."""

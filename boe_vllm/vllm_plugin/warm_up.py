@@ -48,18 +48,18 @@ def warm_up(
     begin = time.perf_counter()
     pool = loop.pool.storage
     number = max(1, min(max_requests, max_rows // model.max_model_len))
-    # More look-ahead than fills a packed pass takes more time, not more memory.
-    enough = -(-max_rows // number)
-    requests = {server.config.policy: largest_request({}, server, model, enough)}
+    share = -(-max_rows // number)
+    requests = {server.config.policy: largest_request({}, server, model, share)}
     for name in sorted(POLICY_NAMES):
         if load_policy(name).rows_ahead is not Policy.rows_ahead:
-            requests.setdefault(name, largest_request({"policy": name}, server, model, enough))
+            requests.setdefault(name, largest_request({"policy": name}, server, model, max_rows))
     found = {name: request for name, request in requests.items() if request is not None}
     dearest = max(found, key=lambda name: found[name].rows_ahead, default=None)
-    for name in dict.fromkeys((server.config.policy, dearest)):
-        if name in found:
-            _run(loop, found[name], number, model.eos_token_id)
-    loop.read_counters()
+    if server.config.policy in found:
+        _run(loop, found[server.config.policy], number)
+    if dearest is not None and dearest != server.config.policy:
+        _run(loop, found[dearest], _together(found[dearest], number, max_rows, model))
+    loop.read_counters()  # which are of no request
     network = sum(p.numel() * p.element_size() for p in loop.model.parameters())
     logger.info(
         "Warm-up: %d requests of %d rows with %s, the dearest look-ahead %d rows (%s), in %.1f s. "
@@ -85,7 +85,7 @@ def largest_request(
         fields: of the request; its canvas is added.
         server: its settings and limits.
         model: what will decode it.
-        enough: rows of look-ahead beyond which more do not count.
+        enough: rows of look-ahead beyond which more take more time, but no more memory.
 
     Returns:
         The request, or None if there is none that the server would serve.
@@ -113,17 +113,26 @@ def largest_request(
     return best
 
 
+def _together(request: ResolvedRequest, number: int, max_rows: int, model: ModelFacts) -> int:
+    """How many such requests make the largest step: all, unless one alone fills the passes of its
+    look-ahead and keeps nothing for a backward."""
+    if request.policy(model.eos_token_id).needs().rows != "none":
+        return number
+    return min(number, -(-max_rows // max(1, request.rows_ahead)))
+
+
 def _halvings(number: int) -> Iterator[int]:
     while number:
         yield number
         number //= 2
 
 
-def _run(loop: DenoisingLoop, request: ResolvedRequest, number: int, filler: int) -> None:
+def _run(loop: DenoisingLoop, request: ResolvedRequest, number: int) -> None:
+    prompt = [loop.special.eos] * request.prompt_len
     names = [f"warm-up-{n}" for n in range(number)]
     try:
         for name in names:
-            loop.add(name, [filler] * request.prompt_len, request)
+            loop.add(name, prompt, request)
         results = loop.step(names)
     finally:
         for name in names:

@@ -15,7 +15,16 @@ from attention_cases import (
     rows_of,
 )
 
-from boe_vllm.attention import attention_backward, attention_forward, reference, torch_cpu
+from boe_vllm.attention import (
+    api,
+    attention_backward,
+    attention_forward,
+    explain_auto,
+    reference,
+    torch_cpu,
+    torch_cuda,
+)
+from boe_vllm.attention import xformers as xformers_impl
 from boe_vllm.attention.api import resolve
 
 # --- the oracle itself ---------------------------------------------------------------------------
@@ -276,17 +285,51 @@ def test_large_scores_do_not_overflow():
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_auto_depends_on_the_device_alone():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert resolve("auto", "cpu", dtype) == "torch"
-        assert resolve("auto", "cuda", dtype) == "xformers"
-    with pytest.raises(ValueError, match="expected a device type of cpu, cuda, got 'xpu'"):
-        resolve("auto", "xpu", torch.float32)
+@pytest.fixture
+def forget():
+    """What `auto` means is remembered; a test that changes xformers' answer is not to be."""
+    explain_auto.cache_clear()
+    yield
+    explain_auto.cache_clear()
+
+
+def test_auto_is_torch_on_the_cpu():
+    assert explain_auto("cpu", torch.float32, 64)[0] == "torch"
+    assert resolve("auto", "cpu", torch.bfloat16, 64) == "torch"
     with pytest.raises(ValueError, match=r"'torch': expected a dtype of .*, got float16"):
-        resolve("auto", "cpu", torch.float16)
-    with pytest.raises(ValueError, match=r"'xformers': expected a dtype of .*, got float64"):
-        resolve("auto", "cuda", torch.float64)
-    assert resolve("reference", "xpu", torch.float16) == "reference"
+        resolve("auto", "cpu", torch.float16, 64)
+    with pytest.raises(ValueError, match="expected a device type of cpu or cuda, got 'xpu'"):
+        resolve("auto", "xpu", torch.float32, 64)
+
+
+@pytest.mark.parametrize(
+    ("against", "expected", "reason"),
+    [
+        (None, "xformers", "its kernels take the model's heads"),
+        ("fa2F: not built", "torch", "xformers does not run here: fa2F: not built"),
+    ],
+    ids=["runs", "does not"],
+)
+def test_auto_is_xformers_on_cuda_where_it_runs(monkeypatch, forget, against, expected, reason):
+    asked = []
+    monkeypatch.setattr(xformers_impl, "refusal", lambda *case: asked.append(case) or against)
+    assert explain_auto("cuda", torch.bfloat16, 64) == (expected, reason)
+    assert resolve("auto", "cuda", torch.bfloat16, 64) == expected
+    assert asked == [(torch.bfloat16, 64)]
+    with pytest.raises(ValueError, match=f"{expected!r}: expected a dtype of .*, got float64"):
+        resolve("auto", "cuda", torch.float64, 64)
+
+
+def test_a_named_implementation_never_becomes_another(monkeypatch, forget):
+    monkeypatch.setattr(xformers_impl, "refusal", lambda *case: "not built")
+    for impl in ("torch", "xformers", "reference"):
+        assert resolve(impl, "cuda", torch.bfloat16, 64) == impl
+    assert resolve("reference", "xpu", torch.float16, 64) == "reference"
+
+
+def test_torch_is_another_module_on_each_device():
+    assert api._load("torch", "cpu") is torch_cpu
+    assert api._load("torch", "cuda") is torch_cuda
 
 
 def q_k_v_do_layout(dtype=torch.float32):

@@ -139,11 +139,16 @@ def pretend_h100(fmha, monkeypatch):
         monkeypatch.setattr(op, "OPERATOR", lambda *args: None)
     for op in (fmha.flash3.FwOp, fmha.flash3.BwOp):
         monkeypatch.setattr(op, "OPERATOR", None)
-    # Pinned memory, through which xformers moves the lengths, does not exist here.
+    # Pinned memory, through which lengths and indices move, does not exist here.
     monkeypatch.setattr(
         fmha.attn_bias,
         "_to_device_tensor",
         lambda seq, dtype, device: torch.tensor(seq, dtype=dtype).to(device),
+    )
+    monkeypatch.setattr(
+        xformers_impl,
+        "to_device",
+        lambda arrays, device: [torch.tensor(array).to(device) for array in arrays],
     )
     with FakeTensorMode():
         yield

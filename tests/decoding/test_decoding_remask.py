@@ -27,7 +27,7 @@ CASES = [
     ({"policy": "lookahead", "write": "proposal", "rho": 0.5}, slow.lookahead, {"rho": 0.5}),
     (
         {
-            "policy": "boe", "gain": 0.0, "risk": 1.0, "rho": 0.5, "selection": "top",
+            "policy": "pairwise", "interaction": 0.0, "coupling": "attention",
             "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.9,
         },
         remasked,

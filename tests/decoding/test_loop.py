@@ -22,7 +22,7 @@ MASK, EOS = 28, 27
 TABLE = Path(__file__).parents[1] / "data" / "frequencies_29.json"
 NEEDED = {"pc": {"frequencies": str(TABLE)}}
 VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NAMES)] + [
-    {"policy": "boe", "surrogate": "mask"},
+    {"policy": "boe", "surrogate": "response"},
     {"policy": "boe", "surrogate": "inject"},
     {"policy": "boe", "surrogate": "inject", "context": "exact", "active": "all"},
     {"policy": "boe", "preset": "paper"},
@@ -208,8 +208,8 @@ def test_cost_is_counted_per_request(model):
     loop = make_loop(model)
     for name, fields in {
         "plain": {},
-        "kv": {"policy": "boe", "rho": 1.0},
-        "mask": {"policy": "boe", "surrogate": "mask", "rho": 1.0},
+        "kv": {"policy": "boe", "surrogate": "kv", "rho": 1.0},
+        "mask": {"policy": "boe", "rho": 1.0},
         "exact": {"policy": "boe", "surrogate": "inject", "context": "exact", "rho": 1.0},
     }.items():
         loop.add(name, [1, 2], params_of(fields | {"block_length": 4}, prompt_len=2, max_tokens=4))
@@ -309,8 +309,8 @@ def test_broken_logits_fail_one_request_and_no_other(model):
     weight = model.wte.weight.data[broken].clone()
     try:
         model.wte.weight.data[broken] = float("nan")
-        loop.add("bad", [1, broken], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
-        loop.add("good", [1, 2], params_of({"policy": "boe"}, prompt_len=2, max_tokens=4))
+        loop.add("bad", [1, broken], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
+        loop.add("good", [1, 2], params_of({"policy": "joint"}, prompt_len=2, max_tokens=4))
         results = loop.step(["bad", "good"])
     finally:
         model.wte.weight.data[broken] = weight
@@ -397,8 +397,6 @@ def test_the_counters_add_up_to_the_reports(model):
     loop = make_loop(model)
     for n, policy in enumerate(["boe", "confidence", "remdm", "confidence"]):
         fields = {"policy": policy, "tokens_per_step": 2, "cache": "none"}
-        if policy == "boe":
-            fields["preset"] = "kv"  # has a backward
         loop.add(f"{n}", [1, 2], params_of(fields, prompt_len=2, max_tokens=12, seed=n))
     loop.step(["0", "1"])
     assert loop.read_counters()["boe/active/confidence"] == 2

@@ -22,7 +22,6 @@ from boe_vllm.lab.bench.parts import FUNCTIONS
 from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop, variant_fields
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
 from boe_vllm.models.build import random_model
-from boe_vllm.policies.base import SCORE_GRID
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -276,10 +275,6 @@ def test_a_difference_is_a_tie_only_where_float64_says_so(model):
 
 
 # ---- the arithmetic ----------------------------------------------------------------------------
-
-
-def test_the_grid_is_the_engines():
-    assert baseline.GRID == SCORE_GRID
 
 
 def test_flops_are_those_that_torch_counts():

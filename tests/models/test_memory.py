@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
-from boe_vllm.sampling.statistics import LogProbabilities, RowWrites, read_statistics
+from boe_vllm.sampling.log_probs import LogProbabilities
+from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.step import DenoisingPass
 

@@ -10,18 +10,20 @@ import slow_remasking as slow
 from test_loop import MASK as MODEL_MASK
 from test_loop import make_loop, model, params_of  # noqa: F401
 from test_policies import make_view, policy_of, run
-from toy import MASK, Driven, Toy, steps_by, without_repeats
+from toy import GRID, MASK, Driven, Toy, steps_by, without_repeats
 
 from boe_vllm.policies.composition import leading
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.sampling import randomness
 
-PLAIN = {
-    "policy": "boe",
-    "gain": 0.0,
-    "risk": 1.0,
-    "rho": 0.5,
-}  # ranks by ln p, queries for nothing
+# Ranks by ln p where nothing is more important than anything else.
+PLAIN = {"policy": "boe", "sets": "top", "bypass": None, "rho": 0.5}
+
+
+def unimportant(query):
+    return np.zeros(len(query.candidates))
+
+
 RULES = [
     {"schedule": "cap", "eta": 0.4},
     {"schedule": "cap", "eta": 1.0},
@@ -123,7 +125,9 @@ def test_remasking_on_boe_does_what_the_transcription_does(rule):
             prompt[1] = prompt[2] = MASK  # infilling
         toy, seed = Toy(n), int(rng.integers(1000))
         got = Driven(toy, fields_of(rule) | frame(shape), prompt, shape[0], seed=seed).finish()
-        decoding = slow.Decoding(slow.Model(toy.logits, MASK), prompt, shape[0], shape[1], seed)
+        decoding = slow.Decoding(
+            slow.Model(toy.logits, MASK, grid=GRID), prompt, shape[0], shape[1], seed
+        )
         want = remasked(decoding, steps_of=steps_by(shape[2], shape[3]), **rule)
         assert got.canvas.tokens.tolist() == want.x, shape
         assert without_repeats(got.inputs) == without_repeats(want.inputs), shape
@@ -132,10 +136,18 @@ def test_remasking_on_boe_does_what_the_transcription_does(rule):
     assert changed > 0
 
 
-@pytest.mark.parametrize("selection", ["top", "pairwise", "conditional"])
+CHOICES = [
+    {"policy": "boe"},
+    {"policy": "boe", "sets": "top"},
+    {"policy": "joint"},
+    {"policy": "pairwise"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=label)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_schedule_is_kept_whatever_is_remasked(model, selection, schedule):  # noqa: F811
-    fields = {"policy": "boe", "selection": selection, "schedule": schedule, "block_length": 16}
+def test_the_schedule_is_kept_whatever_is_remasked(model, choice, schedule):  # noqa: F811
+    fields = choice | {"schedule": schedule, "block_length": 16}
     counts, reports = {}, {}
     for name, more in {
         "plain": {},
@@ -180,7 +192,7 @@ def test_the_bound_takes_the_longest_prefix_of_boes_order(commit):
         order = ordered(confidence.tolist())
         view = make_view(confidence, entropy=entropy, quota=min(2, masked), step=n)
         bound = {"gamma": 0.2} if commit == "eb" else {"threshold": 0.7}
-        _, got = run(policy_of(**(PLAIN | {"commit": commit} | bound)), view)
+        _, got = run(policy_of(**(PLAIN | {"commit": commit} | bound)), view, unimportant)
         count = 1
         for k in range(2, len(order) + 1):
             if commit == "eb":
@@ -200,6 +212,7 @@ def test_boe_orders_and_the_bound_counts():
     """The surest position is not written first if BoE prefers another."""
     view = make_view([0.95, 0.92, 0.91, 0.2], entropy=[0.1, 0.2, 0.3, 2.0], quota=1)
     fields = {"policy": "boe", "rho": 1.0, "gate": "none", "commit": "threshold"}
+    fields |= {"sets": "top", "risk": 0.0}
     importance = lambda query: np.array([0.0, 2.0, 3.0, 1.0])  # noqa: E731
     (query,), commit = run(policy_of(**fields), view, importance)
     assert query.candidates.tolist() == [0, 1, 2, 3]
@@ -214,18 +227,18 @@ def test_boe_orders_and_the_bound_counts():
 def test_a_forbidden_commit_is_in_no_prefix_but_its_own():
     view = make_view([-np.inf, 0.99, 0.98], entropy=[0.0, 0.0, 0.0])
     for commit in ("eb", "threshold"):
-        _, got = run(policy_of(**(PLAIN | {"rho": 1.0, "commit": commit})), view)
+        _, got = run(policy_of(**(PLAIN | {"rho": 1.0, "commit": commit})), view, unimportant)
         assert got.chosen.tolist() == [1, 2]
         alone = make_view([-np.inf, -np.inf], entropy=[0.0, 0.0])
-        _, got = run(policy_of(**(PLAIN | {"rho": 1.0, "commit": commit})), alone)
+        _, got = run(policy_of(**(PLAIN | {"rho": 1.0, "commit": commit})), alone, unimportant)
         assert got.chosen.tolist() == [0]
 
 
-@pytest.mark.parametrize("selection", ["pairwise", "conditional"])
+@pytest.mark.parametrize("policy", ["boe", "joint", "pairwise"])
 @pytest.mark.parametrize("commit", ["eb", "threshold"])
-def test_sets_are_cut_to_the_prefix(model, selection, commit):  # noqa: F811
+def test_sets_are_cut_to_the_prefix(model, policy, commit):  # noqa: F811
     """Never more than the quota; the tokens are cut with the positions."""
-    fields = {"policy": "boe", "selection": selection, "commit": commit, "tokens_per_step": 4}
+    fields = {"policy": policy, "commit": commit, "tokens_per_step": 4}
     fields |= {"gamma": 0.5, "threshold": 0.4, "trace": True, "block_length": 16}
     loop = make_loop(model)
     loop.add("x", [1, 2, 3], params_of(fields, prompt_len=3, max_tokens=16, seed=1))

@@ -348,7 +348,7 @@ BAD = [
     ({"policy": "confident-random", "rho": 0}, r"rho: .*greater than 0"),
     ({"policy": "origin", "eps": 1}, r"eps: .*less than 1"),
     ({"policy": "eb", "gamma": -0.1}, r"gamma: .*greater than or equal to 0"),
-    ({"policy": "eb", "proxy": "kl"}, r"proxy: .*'entropy', 'confidence' or 'margin'"),
+    ({"policy": "eb", "proxy": "kl"}, r"proxy: .*'confidence', 'margin' or 'entropy'"),
     ({"policy": "threshold", "threshold": 1.1}, r"threshold: .*less than or equal to 1"),
     ({"policy": "factor", "factor": -1}, r"factor: .*greater than or equal to 0"),
     ({"policy": "klass", "history": 0}, r"history: .*greater than or equal to 1"),

@@ -11,7 +11,7 @@ import torch
 from oracle import Dense, random_weights, small_config
 from test_loop import EOS, finish, make_loop, params_of
 from test_loop import MASK as MODEL_MASK
-from toy import MASK, Driven, Toy, steps_by, without_repeats
+from toy import GRID, MASK, Driven, Toy, steps_by, without_repeats
 
 from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.models.build import random_model
@@ -82,7 +82,9 @@ def test_the_policy_does_what_the_transcription_does(fields, rule, settings):
             prompt[1] = prompt[2] = MASK  # infilling
         toy, seed = Toy(n), int(rng.integers(1000))
         got = Driven(toy, fields | frame(shape), prompt, shape[0], seed=seed).finish()
-        decoding = slow.Decoding(slow.Model(toy.logits, MASK), prompt, shape[0], shape[1], seed)
+        decoding = slow.Decoding(
+            slow.Model(toy.logits, MASK, grid=GRID), prompt, shape[0], shape[1], seed
+        )
         want = rule(decoding, steps_of=steps_by(shape[2], shape[3]), **settings)
         assert got.canvas.tokens.tolist() == want.x, shape
         assert without_repeats(got.inputs) == without_repeats(want.inputs), shape

@@ -1,7 +1,5 @@
 """Settings: every field is checked once, and an error says field, expectation, value and remedy."""
 
-import dataclasses
-
 import pytest
 
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
@@ -73,6 +71,11 @@ def test_a_config_survives_as_flat_fields():
         assert parse_sampler_config(config.as_dict()) == config
 
 
+def test_a_request_with_answers_carries_its_own_settings():
+    config = parse_sampler_config({"choices": [[1], [2]]}, base=SamplerConfig())
+    assert config.policy == "choices" and type(config.settings).__name__ == "ChoicesConfig"
+
+
 def test_vllms_own_extra_args_are_left_alone():
     assert parse_sampler_config({"kv_transfer_params": {}}) == SamplerConfig()
 
@@ -132,20 +135,3 @@ def test_engine_settings_are_read_from_additional_config():
     assert EngineSettings.read({"logits_budget_mb": 64, "sampler": "boe"}).logits_budget_mb == 64
     with pytest.raises(ValueError, match=r"logits_budget_mb: .*greater than or equal to 1, got 0"):
         EngineSettings.read({"logits_budget_mb": 0})
-
-
-def test_boe_chooses_sets_unless_a_field_of_the_importance_score_is_given():
-    def settings(**fields):
-        return parse_sampler_config({"policy": "boe", **fields}).settings
-
-    default = settings()
-    assert (default.selection, default.risk, default.gain) == ("conditional", 1.0, 0.0)
-    assert settings(preset="joint") == dataclasses.replace(default, preset="joint")
-    for fields in ({"rho": 0.5}, {"surrogate": "mask"}, {"gate": "none"}, {"gain": 2.0}):
-        ranked = settings(**fields)
-        assert (ranked.selection, ranked.risk) == ("top", 0.0) and ranked.gain > 0
-    assert settings(rho=0.5, gain=0.5, risk=1.0, selection="conditional").risk == 1.0
-    # A server that steers by importance already keeps its own weights.
-    server = parse_sampler_config({"policy": "boe", "gain": 0.5, "risk": 1.0, "rho": 0.5})
-    request = parse_sampler_config({"policy": "boe", "surrogate": "mask"}, base=server).settings
-    assert (request.gain, request.risk, request.surrogate) == (0.5, 1.0, "mask")

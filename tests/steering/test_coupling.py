@@ -191,7 +191,7 @@ def replies_of(table):
 def test_conditional_set_follows_the_chain_rule():
     view = make_view([0.9, 0.8, 0.7, 0.2], quota=3)
     table = {frozenset({0}): [0, 0.1, 0.6, 0.5], frozenset({0, 2}): [0, 0.3, 0, 0.4]}
-    queries, commit = run(policy_of(policy="boe", preset="joint"), view, replies_of(table))
+    queries, commit = run(policy_of(policy="joint"), view, replies_of(table))
     assert [query.written.tolist() for query in queries] == [[0], [0, 2]]
     assert commit.chosen.tolist() == [0, 2, 3]
     assert commit.tokens.tolist() == [50, 92, 93]  # later tokens as proposed given the earlier
@@ -200,7 +200,7 @@ def test_conditional_set_follows_the_chain_rule():
 def test_certain_candidates_need_no_round_of_their_own():
     view = make_view([0.999, 0.995, 0.7, 0.2], quota=3)
     table = {frozenset({0, 1}): [0, 0, 0.3, 0.4]}
-    policy = policy_of(policy="boe", preset="joint", certain=0.99)
+    policy = policy_of(policy="joint")
     queries, commit = run(policy, view, replies_of(table))
     assert len(queries) == 1 and commit.chosen.tolist() == [0, 1, 3]
 
@@ -209,7 +209,7 @@ def test_the_pool_bounds_the_candidates():
     view = make_view(np.linspace(0.9, 0.2, 8), quota=2)
     table = {frozenset({0}): np.linspace(0.1, 0.9, 8)}
     for pool, last in ((1.0, 1), (1.5, 2), (2.0, 3), (4.0, 7)):
-        policy = policy_of(policy="boe", preset="joint", pool=pool)
+        policy = policy_of(policy="joint", pool=pool)
         _, commit = run(policy, view, replies_of(table))
         assert commit.chosen.tolist() == [0, last]
 
@@ -218,19 +218,13 @@ def test_pairwise_asks_for_the_coupling_of_the_pool():
     view = make_view([0.9, 0.85, 0.8, 0.2], quota=2)
     coupling = np.zeros((4, 4))
     coupling[0, 1] = coupling[1, 0] = 3.0
-    policy = policy_of(policy="boe", preset="pairwise")
+    policy = policy_of(policy="pairwise")
     (query,), commit = run(policy, view, lambda query: coupling)
     assert query.estimator == "pairs" and query.pool.tolist() == [0, 1, 2, 3]
     assert commit.chosen.tolist() == [0, 2]
 
 
 def test_one_token_a_step_needs_no_set():
-    for preset in ("joint", "pairwise"):
-        queries, commit = run(policy_of(policy="boe", preset=preset), make_view([0.2, 0.9]))
+    for policy in ("joint", "pairwise"):
+        queries, commit = run(policy_of(policy=policy), make_view([0.2, 0.9]))
         assert queries == [] and commit.chosen.tolist() == [1]
-
-
-def test_gain_and_risk_are_added():
-    policy = policy_of(policy="boe", risk=1.0, gain=2.0, rho=1.0, gate="none")
-    _, commit = run(policy, make_view([0.5, 0.25]), lambda query: np.array([0.1, 0.9]))
-    np.testing.assert_allclose(commit.scores, [np.log(0.5) + 0.2, np.log(0.25) + 1.8])

@@ -7,6 +7,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 
 import boe_vllm
+from boe_vllm.vllm_plugin import admission
+from boe_vllm.vllm_plugin.warm_up import largest_request
 
 PROMPT = "47+85+13="
 
@@ -115,22 +117,46 @@ def test_a_refused_request_was_never_in_the_engine(llm):
     assert not llm.llm_engine.has_unfinished_requests()
 
 
-def test_warming_up_runs_the_largest_step(llm):
+def test_warming_up_runs_the_largest_steps(llm):
+    """With the server's policy, and with the one that looks ahead at most rows."""
     run_until_idle(llm)
-    rows = []
+    steps = []
     loop = runner(llm).loop
     with pytest.MonkeyPatch.context() as patch:
         step = loop.step
-        patch.setattr(
-            loop,
-            "step",
-            lambda names: (rows.extend(len(loop.canvases[n].tokens) for n in names), step(names)),
-        )
+
+        def noting(names):
+            canvases = [loop.canvases[name] for name in names]
+            steps.append([(c.policy.name, len(c.tokens), len(c.writable())) for c in canvases])
+            return step(names)
+
+        patch.setattr(loop, "step", noting)
         runner(llm).warming_up_model()
     config = llm.llm_engine.vllm_config
-    assert set(rows) == {config.model_config.max_model_len}
+    longest = config.model_config.max_model_len
     budget = config.scheduler_config.max_num_batched_tokens
-    assert budget - config.model_config.max_model_len < sum(rows) <= budget
+    servers, dearest = steps
+    assert servers == [("confidence", longest, longest - 1)] * (budget // longest)
+    (policy,) = {name for name, _, _ in dearest}
+    server = admission.server_settings(config)
+    facts = admission.model_facts(config.model_config)
+    request = largest_request({"policy": policy}, server, facts, budget)
+    assert policy != "confidence" and request.rows_ahead * len(dearest) >= budget
+    assert {rows for _, rows, _ in dearest} == {longest}
+    assert loop.pool._storage is not None
+    assert not canvases(llm) and not loop.counters.read()
+
+
+def test_an_error_in_the_warm_up_ends_the_start(llm):
+    run_until_idle(llm)
+    weight = runner(llm).model.wte.weight.data
+    kept = weight.clone()
+    weight[:] = float("nan")
+    try:
+        with pytest.raises(RuntimeError, match="warm-up: .*'confidence'.* logits are not finite"):
+            runner(llm).warming_up_model()
+    finally:
+        weight[:] = kept
     assert not canvases(llm)
 
 

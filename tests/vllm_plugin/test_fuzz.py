@@ -1,6 +1,8 @@
 """Whatever a request says, it is refused or served, and the request beside it never notices.
 
-`BOE_VLLM_FUZZ_CASES` sets the number of cases, 2000 for a release.
+Each case goes through what the engine's input thread does, where an error would end the engine, and
+after each the engine serves a request whose tokens never change. `BOE_VLLM_FUZZ_CASES` sets the
+number of cases, 2000 for a release.
 """
 
 import json
@@ -15,14 +17,18 @@ from hypothesis import strategies as st
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import boe_vllm
 from boe_vllm.base import options
 from boe_vllm.policies import POLICY_NAMES, load_policy
 from boe_vllm.request.config import FrameConfig
 from boe_vllm.request.given_text import GivenText
+from boe_vllm.vllm_plugin import admission
 
-REFUSALS = (ValueError, TypeError, VLLMValidationError)
+REFUSALS = (ValueError, TypeError, AttributeError, VLLMValidationError)  # some are vLLM's own
 CASES = int(os.environ.get("BOE_VLLM_FUZZ_CASES", "60"))
 CONTEXT, VOCAB, MASK = 64, 264, 261
 ENDS: Counter[str] = Counter()
@@ -50,19 +56,49 @@ def llm(tmp_path_factory):
             max_num_seqs=4,
             additional_config={"max_steps": 200, "max_lookahead_rows": 4000},
         )
+        send_as_to_another_process(llm.llm_engine.engine_core)
         yield llm
         print(f"\n{sum(ENDS.values())} cases: {dict(ENDS)}")
         llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
 
-def run(llm, requests):
-    """Outputs by number, or what refused a request."""
-    engine, outputs = llm.llm_engine, {}
-    names = {}
-    for n, (prompt, params) in enumerate(requests):
+class InputThreadError(Exception):
+    """An engine of its own process would have ended here."""
+
+
+def send_as_to_another_process(client):
+    """Let a client in the engine's own process do what one outside and the engine would do."""
+    add = client.add_request
+
+    def add_request(request):
+        sent = MsgpackEncoder().encode(request)
         try:
-            names[engine.add_request(str(n), {"prompt_token_ids": prompt}, params)] = n
+            received = MsgpackDecoder(EngineCoreRequest).decode(sent)
+        except Exception as error:
+            raise InputThreadError(str(request.sampling_params)) from error
+        add(received)
+
+    client.add_request = add_request
+
+
+def run(llm, requests, *, early=False, priority=0):
+    """Outputs by number, or what refused a request.
+
+    Args:
+        llm: to run them on.
+        requests: prompts in tokens, and their params.
+        early: resolve them first as the HTTP server does.
+        priority: of the last one.
+    """
+    engine, outputs = llm.llm_engine, {}
+    for n, (prompt, params) in enumerate(requests):
+        number = {"priority": priority if n == len(requests) - 1 else 0}
+        prompt = {"prompt_token_ids": prompt}
+        try:
+            if early:
+                params = admission.resolve_early(prompt, params, engine.input_processor)
+            engine.add_request(str(n), prompt, params, **number)
         except REFUSALS as error:
             outputs[n] = error
     for _ in range(MOST_STEPS):
@@ -79,15 +115,95 @@ def control(llm):
     return run(llm, [([65, 58, 49], CONTROL)])[0].outputs[0].token_ids
 
 
+def check(llm, control, prompt, params, **how):
+    """Run a request beside the control request, and then the control request once more."""
+    outputs = run(llm, [([65, 58, 49], CONTROL), (prompt, params)], **how)
+    assert outputs[0].outputs[0].token_ids == control
+    again = run(llm, [([65, 58, 49], CONTROL)])
+    assert again[0].outputs[0].token_ids == control
+    refused = outputs[1] if isinstance(outputs[1], Exception) else None
+    if refused is not None and how.get("early"):
+        assert isinstance(refused, VLLMValidationError) and refused.parameter, refused
+    if refused is not None:
+        assert str(refused)
+        ENDS["refused"] += 1
+        return refused
+    assert len(outputs[1].outputs) == params.n
+    for completion in outputs[1].outputs:
+        assert completion.finish_reason in ("stop", "length", "error")
+        ENDS[completion.finish_reason] += 1
+        if completion.finish_reason == "error":  # only what cannot be known before
+            assert "expected a token that may be written, found none" in completion.stop_reason
+        else:
+            assert MASK not in completion.token_ids
+    return outputs[1]
+
+
+TEMPLATE = {"canvas_template": '["abc", 2]'}
+NEIGHBOURS = [
+    # vLLM's fields, ours, and the field that is at fault; None if the request is served.
+    ({"max_tokens": 16, "min_tokens": 10}, TEMPLATE, "min_tokens"),
+    ({"max_tokens": 16, "min_tokens": 5}, TEMPLATE, None),
+    ({"max_tokens": 1, "min_tokens": 0}, TEMPLATE, None),
+    ({"max_tokens": 16, "min_tokens": 10}, {"gen_length": 8}, "min_tokens"),
+    ({"max_tokens": 16, "min_tokens": 8}, {"gen_length": 8}, None),
+    ({"max_tokens": 16, "min_tokens": 1}, {"choices": '["1", "23"]'}, "min_tokens"),
+    ({"n": 3, "temperature": 1.0}, {"choices": '["1", "23"]'}, None),
+    ({"n": 3, "temperature": 1.0, "seed": 2**63 - 1}, {}, None),
+    ({"n": 3, "temperature": 1.0, "seed": -3}, {}, None),
+    ({"logprobs": 20}, {}, None),
+    ({"logprobs": 2**40}, {}, "logprobs"),
+    ({"allowed_token_ids": [264]}, {}, "allowed_token_ids"),
+    ({"allowed_token_ids": [263]}, {}, None),
+    ({"logit_bias": {264: 1.0}}, {}, "logit_bias"),
+    ({"logit_bias": {2**70: 1.0}}, {}, "logit_bias"),
+    ({"stop_token_ids": [2**70]}, {}, "stop_token_ids"),
+    ({"stop": ["\ud800"]}, {}, "stop"),
+    ({"stop": ["b"], "stop_token_ids": [99], "ignore_eos": True}, TEMPLATE, None),
+    ({"bad_words": ["\u2603"]}, {}, None),
+    ({"top_k": 2**70, "temperature": 1.0}, {}, "top_k"),
+    ({"top_k": 2**63, "temperature": 1.0}, {}, None),
+    ({"min_tokens": 2**70, "max_tokens": None}, {}, "min_tokens"),
+    ({}, {"canvas_template": "[" * 100_000}, "canvas_template"),
+    ({}, {"choices": "[" * 100_000}, "choices"),
+    ({}, {"choices": '{"a":' * 500 + "1" + "}" * 500}, "choices"),
+    ({}, {"steps": "9" * 5000}, "steps"),
+    ({}, {"canvas_template": "[" + "9" * 5000 + "]"}, "canvas_template"),
+    ({"max_tokens": 16}, {"block_length": 10**18}, None),
+    ({"max_tokens": 16}, {"tokens_per_step": 2**63 - 1}, None),
+    ({}, {"rho": 10**400}, None),
+]
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("fields, extra, name", NEIGHBOURS, ids=lambda v: str(v)[:30])
+def test_what_once_ended_an_engine_is_refused_or_served(llm, control, fields, extra, name, early):
+    fields = {"temperature": 0.0, "max_tokens": 6} | fields
+    try:
+        params = SamplingParams(
+            **fields, extra_args=extra or None, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+    except VLLMValidationError as error:
+        assert "extra_args integers" in str(error)
+        return
+    found = check(llm, control, [120, 61], params, early=early)
+    if name is None:
+        assert not isinstance(found, Exception), found
+    else:
+        assert isinstance(found, VLLMValidationError)
+        assert found.parameter == name or str(found).startswith(name), found
+
+
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 70),
-    st.sampled_from([10**9, -(10**9), 10**30]),
+    st.sampled_from([10**9, -(10**9), 10**18, 10**30]),
     st.floats(),
     st.floats(0, 1),
     st.text(max_size=8),
     st.sampled_from(["{", "[1, 2]", '{"a": 1}', "none", "top", "kl", "mask"]),
+    st.sampled_from(["[" * 5000, '{"a":' * 30 + "1" + "}" * 30, "9" * 5000, '["\\ud800"]']),
     st.lists(st.integers(-1, 300) | st.text(max_size=3), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
@@ -165,16 +281,17 @@ SETTINGS = {
     "top_p": st.floats(1e-9, 1),
     "top_k": st.integers(-1, 300),
     "min_p": st.floats(0, 1),
-    "max_tokens": st.integers(1, 50),
-    "min_tokens": st.integers(0, 5),
-    "seed": st.integers(0, 2**63 - 1),
-    "logprobs": st.integers(0, 20),
+    "n": st.integers(1, 3),
+    "max_tokens": st.integers(1, 50) | st.none(),
+    "min_tokens": st.integers(0, 5) | st.integers(0, 50),
+    "seed": st.integers(-(2**63), 2**63 - 1) | st.sampled_from([-1, -2, 2**63 - 1]),
+    "logprobs": st.integers(-1, 21),
     "stop": st.lists(st.text(min_size=1, max_size=2), max_size=2),
     "ignore_eos": st.booleans(),
     "logit_bias": st.dictionaries(st.integers(-1, 270), st.floats(-200, 200), max_size=3),
-    "allowed_token_ids": st.lists(st.integers(0, 265), max_size=5),
+    "allowed_token_ids": st.lists(st.integers(-1, 265), max_size=5),
     "bad_words": st.lists(st.text(min_size=1, max_size=3), max_size=3),
-    "stop_token_ids": st.lists(st.integers(0, 261), max_size=2),
+    "stop_token_ids": st.lists(st.integers(-1, 265), max_size=2),
     "include_stop_str_in_output": st.booleans(),
     "skip_special_tokens": st.booleans(),
     "detokenize": st.booleans(),
@@ -184,13 +301,30 @@ REFUSED_SETTINGS = {
     "presence_penalty": st.floats(-2, 2),
     "frequency_penalty": st.floats(-2, 2),
     "prompt_logprobs": st.none() | st.integers(0, 5),
+    "thinking_token_budget": st.integers(0, 5),
+    "logprob_token_ids": st.lists(st.integers(0, 263), max_size=3),
+}
+# What the HTTP server's own checks leave out, and no caller of the Python interface should send.
+WRONG_TYPES = {
+    "top_k": st.sampled_from([5.0, 2**64, "5"]),
+    "max_tokens": st.sampled_from([5.5, "5", 2**64]),
+    "min_tokens": st.sampled_from([1.0, 2**64]),
+    "seed": st.sampled_from([1.5, "x", 2**64, 2**63]),
+    "logprobs": st.sampled_from([1.0, True]),
+    "stop": st.sampled_from([["\ud800"], [3], "x"]),
+    "stop_token_ids": st.sampled_from([[2**64], [1.0], ["a"]]),
+    "allowed_token_ids": st.sampled_from([[1.0], ["a"], 3]),
+    "bad_words": st.sampled_from([["\ud800"], [3]]),
+    "ignore_eos": st.sampled_from(["no", 1]),
 }
 
 
 @st.composite
 def settings_of_vllm(draw):
     """Some of vLLM's own fields."""
-    known = REFUSED_SETTINGS if seldom(draw, 16) else SETTINGS
+    known = SETTINGS
+    for others in (REFUSED_SETTINGS, WRONG_TYPES):
+        known = others if seldom(draw, 16) else known
     names = draw(st.lists(st.sampled_from(sorted(known)), max_size=4, unique=True))
     return {name: draw(known[name]) for name in names}
 
@@ -219,25 +353,21 @@ def prompts(draw):
     prompt=prompts(),
     extra_args=fields(),
     chosen=settings_of_vllm(),
+    early=st.booleans(),
+    priority=st.just(0) | st.sampled_from([-1, 2**31, 10**30]),
 )
 def test_any_request_is_refused_or_served_and_harms_nobody(
-    llm, control, prompt, extra_args, chosen
+    llm, control, prompt, extra_args, chosen, early, priority
 ):
+    if chosen.get("n", 1) > 1:
+        chosen = {"temperature": 1.0} | chosen
     try:
-        params = SamplingParams(**({"temperature": 1.0} | chosen), extra_args=extra_args)
+        params = SamplingParams(
+            **({"temperature": 1.0} | chosen),
+            extra_args=extra_args,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
     except (*REFUSALS, OverflowError):
         ENDS["refused by vLLM's SamplingParams"] += 1
         return
-    outputs = run(llm, [([65, 58, 49], CONTROL), (prompt, params)])
-    assert outputs[0].outputs[0].token_ids == control
-    if isinstance(outputs[1], Exception):
-        assert str(outputs[1])
-        ENDS["refused"] += 1
-        return
-    (completion,) = outputs[1].outputs
-    assert completion.finish_reason in ("stop", "length", "error")
-    ENDS[completion.finish_reason] += 1
-    if completion.finish_reason == "error":  # only what cannot be known before
-        assert "expected a token that may be written, found none" in completion.stop_reason
-    else:
-        assert MASK not in completion.token_ids
+    check(llm, control, prompt, params, early=early, priority=priority)

@@ -25,7 +25,7 @@ from boe_vllm.models.llada import LLaDAConfig
 Tensor = torch.Tensor
 PREFIX = "model.transformer."
 GRID = 2.0**-16
-"""The grid of `policies.base.SCORE_GRID`."""
+"""Scores this close count as equal."""
 
 
 class PlainLLaDA:

@@ -55,8 +55,7 @@ def step_fields(name: str, *, rho: float) -> dict[str, Any]:
     if name == LOOKAHEAD:
         return {"policy": "lookahead", "rho": rho}
     if name in COUPLINGS:
-        settings = {"preset": "pairwise", "coupling": name, "coupling_measure": "kl", "pool": 2.0}
-        return {"policy": "boe", **settings}
+        return {"policy": "pairwise", "coupling": name, "coupling_measure": "kl"}
     return {"policy": "boe", "preset": "kv", "rho": rho, **GAINS[name]}
 
 

@@ -43,7 +43,20 @@ UNFUSED: Code = {
 """Every operation a kernel of its own: norms, rotation and activation in float32 between bfloat16
 products. Launches are those of one request; partial passes launched more for several."""
 
-CODES: Mapping[str, Code] = {"unfused": UNFUSED}
+BUDGET: Code = {
+    "forward": Footprint(layer=16, once=20, row_D=44, row_F=6),
+    "saving": Footprint(layer=18, once=20, row_D=44, row_F=6),
+    "partial": Footprint(layer=14, once=20, row_D=44, row_F=6),
+    "backward": Footprint(layer=26, once=10, row_D=80, row_F=24),
+    "logits": Footprint(once=20, row_V=24),
+    "soft writes": Footprint(once=8, row_V=14),
+    "gradient": Footprint(once=12, row_V=20),
+}
+"""What the code is allowed to ask for: 16 kernels a layer for a forward, 60 for a whole step of
+`joint` at four tokens a step; norms, rotation and activation are one kernel each, which reads
+its operands once."""
+
+CODES: Mapping[str, Code] = {"unfused": UNFUSED, "budget": BUDGET}
 """By the names that measurements carry."""
 CURRENT = "unfused"
 """The package as it is."""

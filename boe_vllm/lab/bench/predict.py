@@ -21,7 +21,7 @@ from boe_vllm.lab.bench import common, costs
 from boe_vllm.lab.bench.ceilings import CARDS, Ceilings
 from boe_vllm.lab.bench.costs import Network, Prediction
 from boe_vllm.lab.bench.counted import Lengths, count_puzzles, count_random
-from boe_vllm.lab.bench.launches import CODE
+from boe_vllm.lab.bench.launches import CODES, CURRENT, Code
 from boe_vllm.lab.bench.passes import Step, layer_passes, layer_rows
 from boe_vllm.lab.bench.predict_check import compare
 from boe_vllm.lab.bench.scenarios import STEPS
@@ -46,10 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=common.integers, default=[1, 8, 25, 64])
     known = list(STEPS)
     parser.add_argument(
-        "--policies", type=common.names(known), default=known[:5], help=f"out of {known}"
+        "--policies", type=common.names(known), default=known[:6], help=f"out of {known}"
     )
     parser.add_argument("--caches", type=common.names(CACHES), default=["none", "dual"])
     parser.add_argument("--states", choices=("random", "puzzles"), default="random")
+    parser.add_argument(
+        "--code",
+        choices=sorted(CODES),
+        default=CURRENT,
+        help="whose launches and bytes: the package's as it is (default), or another's",
+    )
     parser.add_argument("--prompt-len", type=int, default=224)
     parser.add_argument("--gen-len", type=int, default=128)
     parser.add_argument("--block-length", type=int, default=32)
@@ -108,15 +114,15 @@ def _config(name: str) -> LLaDAConfig:
 def _table(
     requests: int, network: Network, ceilings: Ceilings, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows, code = [], CODES[args.code]
     for cache in args.caches:
         plain = None
         for name in sorted(args.policies, key=lambda name: name != BASE):
             steps = _counted(name, cache, requests, args)
-            predicted = costs.mean([costs.predict(step, network, ceilings, CODE) for step in steps])
+            predicted = costs.mean([costs.predict(step, network, ceilings, code) for step in steps])
             if name == BASE:
                 plain = predicted
-            rows.append(_row(name, cache, steps, predicted, plain, network))
+            rows.append(_row(name, cache, steps, predicted, plain, network, code))
     return rows
 
 
@@ -140,11 +146,12 @@ def _row(
     predicted: Prediction,
     plain: Prediction | None,
     network: Network,
+    code: Code,
 ) -> dict[str, Any]:
     """One line of a table; passes, rows and launches are means over the steps."""
     many = len(steps)
     rounds = [passes for step in steps for passes in step if passes]
-    launches = sum(costs.round_launches(passes, network, CODE) for passes in rounds)
+    launches = sum(costs.round_launches(passes, network, code) for passes in rounds)
     return {
         "policy": name,
         "cache": cache,

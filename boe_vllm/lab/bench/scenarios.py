@@ -8,16 +8,17 @@ from typing import Any
 Fields = Mapping[str, Any]
 
 CONFIDENCE: Fields = {"policy": "confidence"}
-JOINT: Fields = {"policy": "boe"}
-STEERED: Fields = {"policy": "boe", "preset": "kv"}
-PAPER: Fields = {"policy": "boe", "preset": "paper"}
-PAIRWISE: Fields = {"policy": "boe", "preset": "pairwise"}
+JOINT: Fields = {"policy": "joint"}
+PAIRWISE: Fields = {"policy": "pairwise"}
+BOE: Fields = {"policy": "boe"}
+KV: Fields = {"policy": "boe", "preset": "kv"}
 
 STEPS: dict[str, Fields] = {
     "confidence": CONFIDENCE,
     "joint": JOINT,
-    "boe": STEERED,
-    "boe paper": PAPER,
+    "boe": BOE,
+    "boe paper": {**BOE, "preset": "paper"},
+    "boe kv": KV,
     "pairwise": PAIRWISE,
     "info-gain": {"policy": "info-gain"},
     "klass": {"policy": "klass"},
@@ -28,18 +29,20 @@ FOUR = {"tokens_per_step": 4}
 DECODES: dict[str, Fields] = {
     "confidence": {**CONFIDENCE, **FOUR},
     "joint": {**JOINT, **FOUR},
-    "boe": STEERED,
-    "boe paper": PAPER,
-    "boe response": {**STEERED, "surrogate": "response"},
-    "boe prototype": {"policy": "boe", "preset": "prototype"},
-    "boe inject frozen": {**STEERED, "surrogate": "inject", "context": "frozen"},
+    "boe": {**BOE, **FOUR},
+    "boe paper": {**BOE, "preset": "paper"},
+    "boe kv": KV,
+    "boe response": {**BOE, "preset": "response"},
+    "boe prototype": {**BOE, "preset": "prototype"},
+    "boe inject frozen": {**KV, "surrogate": "inject", "context": "frozen"},
     "pairwise": {**PAIRWISE, **FOUR},
     "klass": {"policy": "klass", **FOUR},
     "info-gain": {"policy": "info-gain", **FOUR},
     "joint, dual cache": {**JOINT, **FOUR, "cache": "dual"},
-    "boe, guided": {**STEERED, "cfg_scale": 1.0},
+    "boe kv, guided": {**KV, "cfg_scale": 1.0},
     "joint, sampled": {**JOINT, **FOUR},
 }
-"""Whole decodes, one for each part of the code that a device may compute in its own way."""
+"""Whole decodes, one for each part of the code that a device may compute in its own way; tokens a
+step are the policy's own where none are given."""
 SAMPLED = {"joint, sampled": 0.7}
 """Temperatures of the decodes that are not greedy."""

@@ -12,7 +12,7 @@ from boe_vllm.lab.tasks import TASKS
 BENCHMARKS = ("mbpp", "humaneval", "gsm8k", "math500", "countdown-file", "sudoku-file")
 PUZZLES = ("sudoku4", "sudoku6", "sudoku6-few", "countdown", "addition")
 PAPER = "boe:preset=paper"
-JOINT = "boe:preset=joint"
+JOINT = "joint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 import boe_vllm
-from boe_vllm.attention import choose_impl
+from boe_vllm.attention import explain_auto
 from boe_vllm.lab.bench.ceilings import Ceilings, measured_ceilings
 from boe_vllm.lab.bench.machine import machine_name
 from boe_vllm.lab.gpu.report import Report
 
+HEAD_SIZE = 128
+"""LLaDA-8B's."""
+
 
 def check_facts(report: Report, device: torch.device) -> None:
     """The card, the versions and the attention."""
-    auto: dict[str, str] = {}
+    auto = {}
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        try:
-            auto[name] = choose_impl(device.type, dtype)
-        except (ImportError, ValueError) as error:
-            auto[name] = f"none: {error}"
+        impl, why = explain_auto(device.type, dtype, HEAD_SIZE)
+        auto[str(dtype).removeprefix("torch.")] = {"impl": impl, "why": why[:300]}
     report.line(
         "facts",
         device=machine_name(device),
@@ -46,7 +46,7 @@ def check_ceilings(report: Report, device: torch.device, *, small: bool) -> Ceil
 def xformers_state() -> dict[str, Any]:
     """Whether xformers is there and its library of kernels loads, or why it does not."""
     try:
-        import xformers
+        import xformers  # after `explain_auto`, which loads the library that xformers needs
         from xformers import _cpp_lib
     except Exception as error:  # a broken installation raises whatever its imports do
         return {"loaded": False, "why": f"{type(error).__name__}: {error}"[:300]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.lab.tasks.sudoku import SudokuTask
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolve import SamplingFields
-from boe_vllm.sampling.statistics import LogProbabilities, RowStatistics
+from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.statistics import RowStatistics
 
 REQUEST = "0"
 
@@ -63,11 +65,11 @@ class ObservedCanvas(Canvas):
         view: View,
         rows: slice,
         statistics: RowStatistics,
-        log_probs: LogProbabilities | None = None,
+        likelihoods: Mapping[int, TokenLikelihood] = MappingProxyType({}),
     ) -> None:
         """Write as ever; then note what was seen before and what was written."""
         masked, tokens = self.masked.copy(), self.tokens[self.prompt_len :].tolist()
-        super().apply(commit, view, rows, statistics, log_probs)
+        super().apply(commit, view, rows, statistics, likelihoods)
         own = statistics.part(slice(rows.start, rows.start + len(view.positions)))
         assert own.top_tokens is not None and own.top_logprobs is not None
         written = np.flatnonzero(masked & ~self.masked)

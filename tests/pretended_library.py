@@ -1,14 +1,21 @@
-"""`x[...]`, `x[...] = y` and `torch.tensor` for the pretended device, by the same aten operations.
+"""What asks for a CUDA library, done without one on the pretended device.
 
-PyTorch's own begin with a device guard, which a build for the CPU does not have for CUDA.
+`x[...]`, `x[...] = y` and `torch.tensor` go by the same aten operations as PyTorch's own, which
+begin with a device guard that a build for the CPU does not have for CUDA.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+
+from boe_vllm.attention import xformers
+from boe_vllm.attention.api import explain_auto
 
 aten = torch.ops.aten
 _tensor = torch.tensor
@@ -39,7 +46,8 @@ def setitem(x: torch.Tensor, index: Any, value: Any) -> None:
 def tensor(data: Any, *, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Any:
     """`torch.tensor`: made on the host, and a blocking copy if it goes elsewhere."""
     if device is None or torch.device(device).type == "cpu":
-        return _tensor(data, dtype=dtype, pin_memory=pin_memory)
+        made = _tensor(data, dtype=dtype)
+        return made.pin_memory() if pin_memory else made
     array = np.asarray(data)
     if dtype is None and array.dtype == np.float64:
         dtype = torch.get_default_dtype()
@@ -52,6 +60,22 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     if isinstance(data, torch.Tensor):
         return data.to(device=device or data.device, dtype=dtype or data.dtype)
     return tensor(data, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def without_cuda_library() -> Iterator[None]:
+    """Replace the functions that ask for it; xformers, which needs it, is said not to run."""
+    torch._C._ensureCUDADeviceGuardSet()
+    explain_auto.cache_clear()
+    with (
+        mock.patch("torch.cuda._lazy_init", lambda: None),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.tensor", tensor),
+        mock.patch("torch.as_tensor", as_tensor),
+        mock.patch.object(xformers, "refusal", lambda *_: "the device is pretended"),
+    ):
+        yield
+    explain_auto.cache_clear()
 
 
 def _view(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

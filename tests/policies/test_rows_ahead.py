@@ -1,0 +1,74 @@
+"""`rows_ahead` bounds what one step's queries really compute, for every policy and composition."""
+
+import math
+
+import pytest
+from test_loop import NEEDED, VARIANTS, make_loop, model, params_of  # noqa: F401
+
+from boe_vllm.request import schedule
+
+PROMPT, CANVAS, BLOCK = 3, 24, 12
+COMPOSED = (
+    {"policy": "boe"},
+    {"policy": "boe", "preset": "kv", "rho": 0.8},
+    {"policy": "boe", "sets": "top", "rho": 0.8},
+    {"policy": "boe", "surrogate": "inject", "active": "all", "context": "exact"},
+    {"policy": "joint"},
+    {"policy": "joint", "preset": "thorough"},
+    {"policy": "joint", "pool": 9.0},
+    {"policy": "pairwise"},
+    {"policy": "pairwise", "preset": "exact"},
+    {"policy": "pairwise", "coupling": "overlap"},
+)
+COMPOSITIONS = (
+    {},
+    {"remask": "remdm", "sigma_schedule": "rescale", "eta": 1.0},
+    {"remask": "remdm", "sigma_schedule": "conf"},
+    {"remask": "remdm", "sigma_schedule": "loop", "eta": 0.4, "alpha_on": 0.6},
+    {"commit": "eb", "gamma": 2.0},
+    {"commit": "threshold", "threshold": 0.05},
+)
+CASES = [f for f in VARIANTS if "remask" not in f and "commit" not in f]
+CASES += [fields | more for fields in COMPOSED for more in COMPOSITIONS]
+
+
+def largest_due(kind, masks, steps):
+    """Most tokens that a schedule has due in a step of a block, if each step writes them."""
+    written, most = 0, 0
+    for step in range(steps):
+        due = schedule.due(kind, masks=masks, steps=steps, step=step, written=written)
+        most, written = max(most, min(due, masks - written)), written + due
+    return most
+
+
+def label(fields):
+    return "-".join(str(v) for k, v in fields.items() if k != "frequencies")
+
+
+@pytest.mark.parametrize(
+    "frame", [{"tokens_per_step": 3}, {"tokens_per_step": 2, "schedule": "cosine"}], ids=label
+)
+@pytest.mark.parametrize("fields", CASES, ids=label)
+def test_no_step_asks_for_more_rows_than_the_bound(model, fields, frame):  # noqa: F811
+    loop = make_loop(model)
+    params = params_of(
+        fields | frame | {"block_length": BLOCK}, prompt_len=PROMPT, max_tokens=CANVAS, seed=3
+    )
+    loop.add("x", [1, 2, 3], params)
+    canvas = loop.canvases["x"]
+    steps = math.ceil(BLOCK / frame["tokens_per_step"])
+    quota = largest_due(frame.get("schedule", "linear"), BLOCK, steps)
+    if frame.get("schedule") and fields.get("commit"):
+        quota = BLOCK  # what a bound leaves unwritten is due at the end
+    guided = 1 + (fields.get("cfg_scale", 0) > 0)
+    bound = guided * canvas.policy.rows_ahead(masks=BLOCK, quota=quota, length=PROMPT + CANVAS)
+    most = 0
+    while not canvas.done:
+        before, account = canvas.carried, canvas.account
+        rows = account.rows_forward + account.rows_backward
+        assert loop.step(["x"])["x"].error is None
+        own = 0 if before is not None else guided * (PROMPT + CANVAS)
+        most = max(most, account.rows_forward + account.rows_backward - rows - own)
+    assert most <= bound
+    if most and not fields.get("commit"):
+        assert bound <= 20 * most  # it means something
