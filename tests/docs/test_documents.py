@@ -44,6 +44,8 @@ RUN_BY = {
     r"python -m boe_vllm\.bench (throughput|steering|attention|scaling|memory|overhead)": (
         "tests/lab/test_bench.py::test_throughput_ends"
     ),
+    r"boe-vllm bench predict": "tests/lab/test_predict.py::test_predict_prints_passes",
+    r"python scripts/gpu_check.py": "tests/lab/test_gpu_check.py::test_everything_is_ok",
     r"boe-vllm bench": "tests/lab/test_bench.py::test_throughput_ends",
     r"python -m boe_vllm\.bench policies": "tests/lab/test_contests.py::test_policies_run_once",
     r"python -m boe_vllm\.bench fidelity": "tests/steering/test_fidelity.py::test_fidelity_ends",
