@@ -167,7 +167,7 @@ def test_the_passes_of_a_joint_step_and_of_a_steered_one(model):
         ("soft writes", 4),
         ("partial", 4),
         ("gradient", 8),
-        ("backward", 8),
+        ("observed", 8),
     ]
     assert not any(rest)
 

@@ -119,7 +119,9 @@ def device_terms(one: Pass, network: Network, ceilings: Ceilings, footprint: Foo
         for name, value in product(one.rows, depth, width, ceilings).items():
             terms[name] += layers * value
     # Scores and weighted sums; a backward makes three products of each instead of one.
-    attention = (4 if one.kind != "backward" else 10) * one.pairs * network.width * layers
+    attention = (
+        (10 if one.kind in ("backward", "observed") else 4) * one.pairs * network.width * layers
+    )
     terms["arithmetic"] += attention / (ATTENTION_SHARE * ceilings.flops)
     moved = one.rows * layers * footprint.row_D * network.width
     moved += one.rows * layers * footprint.row_F * network.inner

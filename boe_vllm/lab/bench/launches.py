@@ -32,25 +32,27 @@ Code = Mapping[Kind, Footprint]
 """The footprints of one state of the package's code."""
 
 UNFUSED: Code = {
-    "forward": Footprint(layer=40, once=50, row_D=140, row_F=10),
-    "saving": Footprint(layer=44, once=50, row_D=140, row_F=10),
-    "partial": Footprint(layer=63, once=40, row_D=140, row_F=10),
-    "backward": Footprint(layer=63, once=20, row_D=240, row_F=50),
-    "logits": Footprint(once=40, row_V=66),
-    "soft writes": Footprint(once=10, row_V=22),
-    "gradient": Footprint(once=20, row_V=44),
+    "forward": Footprint(layer=40, once=18, row_D=140, row_F=10),
+    "saving": Footprint(layer=44, once=20, row_D=140, row_F=10),
+    "partial": Footprint(layer=60, once=11, row_D=140, row_F=10),
+    "backward": Footprint(layer=59, once=26, row_D=240, row_F=50),
+    "observed": Footprint(layer=73, once=27, row_D=240, row_F=50),
+    "logits": Footprint(once=43, row_V=66),
+    "soft writes": Footprint(once=9, row_V=22),
+    "gradient": Footprint(once=4, row_V=44),
 }
 """Every operation a kernel of its own: norms, rotation and activation in float32 between bfloat16
-products. Launches are those of one request; partial passes launched more for several."""
+products. Partial passes and observed backwards launched more for several requests."""
 
 BUDGET: Code = {
-    "forward": Footprint(layer=16, once=20, row_D=44, row_F=6),
+    "forward": Footprint(layer=16, once=18, row_D=44, row_F=6),
     "saving": Footprint(layer=18, once=20, row_D=44, row_F=6),
-    "partial": Footprint(layer=14, once=20, row_D=44, row_F=6),
-    "backward": Footprint(layer=26, once=10, row_D=80, row_F=24),
+    "partial": Footprint(layer=14, once=11, row_D=44, row_F=6),
+    "backward": Footprint(layer=26, once=20, row_D=80, row_F=24),
+    "observed": Footprint(layer=30, once=20, row_D=80, row_F=24),
     "logits": Footprint(once=20, row_V=24),
     "soft writes": Footprint(once=8, row_V=14),
-    "gradient": Footprint(once=12, row_V=20),
+    "gradient": Footprint(once=4, row_V=20),
 }
 """What the code is allowed to ask for: 16 kernels a layer for a forward, 60 for a whole step of
 `joint` at four tokens a step; norms, rotation and activation are one kernel each, which reads

@@ -16,8 +16,17 @@ from boe_vllm.attention import AttentionLayout
 from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.loop import DenoisingLoop
 
-Kind = Literal["forward", "saving", "partial", "backward", "logits", "soft writes", "gradient"]
-THROUGH_LAYERS = ("forward", "saving", "partial", "backward")
+Kind = Literal[
+    "forward",
+    "saving",
+    "partial",
+    "backward",
+    "observed",
+    "logits",
+    "soft writes",
+    "gradient",
+]
+THROUGH_LAYERS = ("forward", "saving", "partial", "backward", "observed")
 """Kinds of pass that read the weights of all layers; the others read the vocabulary's."""
 
 
@@ -27,8 +36,9 @@ class Pass:
 
     kind: Kind
     """"forward" of rows with their keys and values ("saving" where a backward may follow),
-    "partial" of a few rows whose other rows are frozen, "backward" of the saved rows; or products
-    with the vocabulary: "logits", "soft writes", and the "gradient" of the entropies."""
+    "partial" of a few rows whose other rows are frozen, "backward" of the saved rows ("observed"
+    where every layer's gradients are looked at); or products with the vocabulary: "logits", "soft
+    writes", and the "gradient" of the entropies."""
     rows: int
     """Rows that are computed."""
     keys: int = 0
@@ -117,11 +127,14 @@ class Recorder:
         return noted
 
     def _backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(dhidden_AD: Any, saved: Any, *args: Any, **options: Any) -> Any:
+        def noted(
+            dhidden_AD: Any, saved: Any, active_A11: Any, observe: Any = None, **options: Any
+        ) -> Any:
             attention = saved.layout.attention
-            active = attention.active_only()
-            self._note("backward", len(dhidden_AD), attention.num_keys, _pairs(active))
-            return backward(dhidden_AD, saved, *args, **options)
+            kind: Kind = "backward" if observe is None else "observed"
+            pairs = _pairs(attention.active_only())
+            self._note(kind, len(dhidden_AD), attention.num_keys, pairs)
+            return backward(dhidden_AD, saved, active_A11, observe, **options)
 
         return noted
 
