@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,18 +17,17 @@ from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import empty_model
 from boe_vllm.models.decoder import Decoder
-from boe_vllm.policies import POLICY_NAMES
-from boe_vllm.policies.boe_config import PRESETS
+from boe_vllm.policies import POLICY_NAMES, load_policy
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
+from boe_vllm.steering.coupling import Estimator
+from boe_vllm.steering.importance import Surrogate
 
 MASK, EOS, VOCABULARY = 28, 27, 29
 TABLE = Path(__file__).parent / "data" / "frequencies_29.json"
 
-SETS = {"joint", "thorough", "pairwise", "exact"}
-"""Presets that choose sets of several tokens a step."""
 FILTERED = TokenConstraints(everywhere=Constraint(top_k=7, top_p=0.9, min_p=0.01))
 EDITED = TokenConstraints(
     everywhere=Constraint(
@@ -57,42 +56,49 @@ class Scenario:
         return dataclasses.replace(self, request=request)
 
 
-def _boe(**fields: Any) -> Scenario:
-    return Scenario(fields={"policy": "boe", **fields})
-
-
 ONE = {"tokens_per_step": 1}
 """With it fewer tokens are due than there are candidates, so that importance is asked for."""
 
+
+def _of(policy: str, **fields: Any) -> Scenario:
+    return Scenario(fields={"policy": policy, **fields})
+
+
 SCENARIOS: dict[str, Scenario] = (
-    {name: Scenario(fields={"policy": name}) for name in sorted(POLICY_NAMES)}
-    | {f"boe, preset {p}": _boe(preset=p, **({} if p in SETS else ONE)) for p in sorted(PRESETS)}
-    | {f"boe, {s}": _boe(surrogate=s, **ONE) for s in ("mask", "inject", "response", "rectified")}
-    | {f"pairwise, {c}": _boe(preset="pairwise", coupling=c) for c in ("attention", "overlap")}
-    | {f"joint, {c} cache": _boe(cache=c) for c in ("prefix", "dual")}
+    {name: _of(name) for name in sorted(POLICY_NAMES)}
     | {
-        "kv, every row active": _boe(preset="kv", active="all", **ONE),
-        "kv, dual cache": _boe(preset="kv", cache="dual", **ONE),
-        "kv, guided": _boe(preset="kv", cfg_scale=0.5, **ONE),
-        "inject, guided": _boe(surrogate="inject", cfg_scale=0.5, **ONE),
-        "inject, prefix cache": _boe(surrogate="inject", cache="prefix", **ONE),
-        "joint, guided": _boe(cfg_scale=0.5),
-        "joint, remasking": _boe(remask="remdm", eta=0.8),
-        "joint, late ends": _boe(confidence_eos_eot_inf=True, logits_eos_inf=True),
-        "joint, drawn and filtered": _boe().asking(temperature=0.7, constraints=FILTERED),
-        "joint, edited": _boe().asking(constraints=EDITED),
-        "joint, logprobs": _boe().asking(logprobs=True, top_logprobs=3),
-        "confidence, drawn": Scenario(fields={}).asking(temperature=1.0),
-        "confidence, logprobs": Scenario(fields={}).asking(logprobs=True, top_logprobs=2),
-        "info-gain, every state": Scenario(fields={"policy": "info-gain", "bypass": 1.0}),
-        "klass, thresholds": Scenario(
-            fields={"policy": "klass", "confidence_threshold": 0.2, "kl_threshold": 0.3}
-        ),
-        "lookahead, guided": Scenario(fields={"policy": "lookahead", "cfg_scale": 0.5}),
-        "lookum, cached": Scenario(fields={"policy": "lookum", "cache": "prefix"}),
-        "remdm, rescaled": Scenario(
-            fields={"policy": "remdm", "sigma_schedule": "rescale", "eta": 0.8}
-        ),
+        f"{name}, preset {preset}": _of(name, preset=preset, **(ONE if name == "boe" else {}))
+        for name in sorted(POLICY_NAMES)
+        for preset in load_policy(name).Config.presets
+    }
+    | {
+        f"boe, {surrogate}": _of("boe", surrogate=surrogate, **ONE)
+        for surrogate in get_args(Surrogate)
+    }
+    | {
+        f"pairwise, {estimator}": _of("pairwise", coupling=estimator)
+        for estimator in get_args(Estimator)
+    }
+    | {f"joint, {cache} cache": _of("joint", cache=cache) for cache in ("prefix", "dual")}
+    | {
+        "kv, every row active": _of("boe", preset="kv", active="all", **ONE),
+        "kv, dual cache": _of("boe", preset="kv", cache="dual", **ONE),
+        "kv, guided": _of("boe", preset="kv", cfg_scale=0.5, **ONE),
+        "inject, guided": _of("boe", surrogate="inject", cfg_scale=0.5, **ONE),
+        "inject, prefix cache": _of("boe", surrogate="inject", cache="prefix", **ONE),
+        "joint, guided": _of("joint", cfg_scale=0.5),
+        "joint, remasking": _of("joint", remask="remdm", eta=0.8),
+        "joint, late ends": _of("joint", confidence_eos_eot_inf=True, logits_eos_inf=True),
+        "joint, drawn and filtered": _of("joint").asking(temperature=0.7, constraints=FILTERED),
+        "joint, edited": _of("joint").asking(constraints=EDITED),
+        "joint, logprobs": _of("joint").asking(logprobs=True, top_logprobs=3),
+        "confidence, drawn": _of("confidence").asking(temperature=1.0),
+        "confidence, logprobs": _of("confidence").asking(logprobs=True, top_logprobs=2),
+        "info-gain, every state": _of("info-gain", bypass=0.0),
+        "klass, thresholds": _of("klass", confidence_threshold=0.2, kl_threshold=0.3),
+        "lookahead, guided": _of("lookahead", cfg_scale=0.5),
+        "lookum, cached": _of("lookum", cache="prefix"),
+        "remdm, rescaled": _of("remdm", sigma_schedule="rescale", eta=0.8),
     }
 )
 
@@ -116,11 +122,11 @@ def loop_of(model: Decoder, device: torch.device, scenario: Scenario, requests: 
     special = SpecialTokens(mask=MASK, eos=EOS, late=frozenset({EOS}))
     loop = DenoisingLoop(model, special=special, device=device, cache_rows=100 * requests)
     server = {"frequencies": str(TABLE)} if scenario.fields.get("policy") == "pc" else {}
-    fields = {"block_length": 8, "tokens_per_step": 4} | plan | scenario.fields
+    fields = {"block_length": 6, "tokens_per_step": 3} | plan | scenario.fields
     for n in range(requests):
         prompt = np.random.default_rng(n).integers(0, 25, 9 + 5 * n % 7).tolist()
         config = parse_sampler_config(fields, base=parse_sampler_config(server))
-        made = plan_canvas(config, prompt_len=len(prompt), max_tokens=16, max_model_len=128)
+        made = plan_canvas(config, prompt_len=len(prompt), max_tokens=12, max_model_len=128)
         request = {"temperature": 0.0} | scenario.request
         loop.add(str(n), prompt, ResolvedRequest(config=config, plan=made, seed=n, **request))
     return loop
@@ -178,7 +184,7 @@ def counting_passes(model: Decoder, cost: Cost) -> Iterator[None]:
             delattr(first, name)
 
 
-def cost_of(model: Decoder, scenario: Scenario, requests: int, steps: int = 3, **plan: Any) -> Cost:
+def cost_of(model: Decoder, scenario: Scenario, requests: int, steps: int = 2, **plan: Any) -> Cost:
     """What the first steps of some requests cost on the pretended device."""
     device = PretendedDevice()
     loop = loop_of(model, CUDA, scenario, requests, **plan)

@@ -15,7 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import Arrival, Transfer
 
 Tensor = torch.Tensor
 
@@ -33,29 +37,29 @@ class Overlay:
     """First key row of the sequence."""
     kv_len: int
     """Key rows of the sequence."""
-    columns_Nm: Tensor
-    """[N, m] int64, each row's place among the sequence's key rows."""
+    columns_Nm: IntArray
+    """[N, m] each row's place among the sequence's key rows."""
 
     @property
     def rows(self) -> int:
         """Packed rows of these states."""
-        return self.columns_Nm.numel()
+        return self.columns_Nm.size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OverlayGroup:
-    """The states of `n` sequences of equal shape."""
+    """The states of `n` sequences of equal shape, in int64 on their way to the device."""
 
-    rows: Tensor
+    rows: Arrival
     """[n * N * m] their packed rows."""
-    keys: Tensor
+    keys: Arrival
     """[n * s] their rows among all keys."""
-    columns_nNm: Tensor
-    """[n, N, m] int64, each row's place among its sequence's key rows."""
+    columns_nNm: Arrival
+    """[n, N, m] each row's place among its sequence's key rows."""
 
 
 def group_overlays(
-    overlays: Sequence[Overlay], *, heads: int, row_elements: int, device: torch.device
+    overlays: Sequence[Overlay], *, heads: int, row_elements: int, transfer: Transfer
 ) -> list[OverlayGroup]:
     """Put sequences of equal shape together; the states' rows are packed in the given order.
 
@@ -63,7 +67,7 @@ def group_overlays(
         overlays: of each sequence.
         heads: of the queries.
         row_elements: of one row of keys. Both bound how many sequences are put together.
-        device: of the result.
+        transfer: what takes the groups' indices to the device.
     """
     shapes: dict[tuple[int, ...], list[tuple[int, Overlay]]] = {}
     first = 0
@@ -78,13 +82,12 @@ def group_overlays(
         most = max(1, min(_MOST_KEYS // (kv_len * row_elements), _MOST_SCORES // scores))
         for start in range(0, len(members), most):
             part = members[start : start + most]
-            firsts = torch.tensor([row for row, _ in part], device=device)
-            starts = torch.tensor([states.kv_start for _, states in part], device=device)
+            columns = np.stack([states.columns_Nm for _, states in part])
             groups.append(
                 OverlayGroup(
-                    rows=_ranges(firsts, many * each),
-                    keys=_ranges(starts, kv_len),
-                    columns_nNm=torch.stack([states.columns_Nm for _, states in part]),
+                    rows=transfer.add(_ranges([row for row, _ in part], many * each)),
+                    keys=transfer.add(_ranges([states.kv_start for _, states in part], kv_len)),
+                    columns_nNm=transfer.add(columns),
                 )
             )
     return groups
@@ -111,20 +114,21 @@ def overlay_attention(
     heads_per_key = q_QHP.shape[1] // k_QGP.shape[1]
     mixed = torch.empty_like(q_QHP)
     for group in groups:
-        n, many, each = group.columns_nNm.shape
+        rows, keys, columns = (x.tensor for x in (group.rows, group.keys, group.columns_nNm))
+        n, many, each = columns.shape
 
         def by_head(x: Tensor, rows: Tensor, repeat: int, n: int = n) -> Tensor:
             """[n * H, rows of one sequence, P]."""
             x = x[rows].unflatten(0, (n, -1)).transpose(1, 2)
             return (x if repeat == 1 else x.repeat_interleave(repeat, 1)).flatten(0, 1)
 
-        keys_HsP = by_head(keys_SGP, group.keys, heads_per_key)
-        values_HsP = by_head(values_SGP, group.keys, heads_per_key)
-        q_HRP = by_head(q_QHP, group.rows, 1)
-        k_HRP = by_head(k_QGP, group.rows, heads_per_key)
-        v_HRP = by_head(v_QGP, group.rows, heads_per_key)
+        keys_HsP = by_head(keys_SGP, keys, heads_per_key)
+        values_HsP = by_head(values_SGP, keys, heads_per_key)
+        q_HRP = by_head(q_QHP, rows, 1)
+        k_HRP = by_head(k_QGP, rows, heads_per_key)
+        v_HRP = by_head(v_QGP, rows, heads_per_key)
         heads = q_QHP.shape[1]
-        columns = group.columns_nNm.repeat_interleave(heads, 0)  # [n * H, N, m]
+        columns = columns.repeat_interleave(heads, 0)  # [n * H, N, m]
         wide = columns[:, :, None, :].expand(-1, -1, each, -1)
         scores = (q_HRP @ keys_HsP.mT).unflatten(1, (many, each))
         q_HNmP, k_HNmP, v_HNmP = (x.unflatten(1, (many, each)) for x in (q_HRP, k_HRP, v_HRP))
@@ -135,11 +139,10 @@ def overlay_attention(
         change = v_HNmP - values_HsP.gather(1, places).unflatten(1, (many, each))
         out = (weights.flatten(1, 2) @ values_HsP).unflatten(1, (many, each))
         out = out + weights.gather(3, wide) @ change
-        mixed[group.rows] = out.flatten(1, 2).unflatten(0, (n, heads)).transpose(1, 2).flatten(0, 1)
+        mixed[rows] = out.flatten(1, 2).unflatten(0, (n, heads)).transpose(1, 2).flatten(0, 1)
     return mixed
 
 
-def _ranges(starts_n: Tensor, length: int) -> Tensor:
+def _ranges(starts_n: Sequence[int], length: int) -> IntArray:
     """[n * length] the rows `start .. start + length` of each start."""
-    steps = torch.arange(length, device=starts_n.device)
-    return (starts_n[:, None] + steps).flatten()
+    return (np.array(starts_n)[:, None] + np.arange(length)).ravel()

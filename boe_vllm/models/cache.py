@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext
 
 Tensor = torch.Tensor
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +114,10 @@ class CachedRows(KeyValueContext):
                 source.append(total + done + np.arange(len(plan.slots)))
                 read.append(plan.slots)
 
-        def index(pieces: list[IntArray]) -> Tensor | None:
-            return torch.from_numpy(np.concatenate(pieces)).to(layout.device) if pieces else None
-
-        self.store, self.slots, self.read = index(store), index(slots), index(read)
-        self.source = index(source) if read else None
+        some = [np.concatenate([_NO_ROWS, *rows]) for rows in (store, slots, read, source)]
+        moved = to_device(some, layout.device)
+        self.store, self.slots = moved[:2] if store else (None, None)
+        self.read, self.source = moved[2:] if read else (None, None)
 
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is to be stored; return [live | stored] of every sequence."""

@@ -147,8 +147,11 @@ class Decoder(nn.Module):
     # ---- vocabulary ----------------------------------------------------------------------------
 
     def logits(self, hidden_RD: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """Logits [R, V] of normalised hidden states, on every rank; in `scratch` if it is given."""
-        local = matmul_rows(hidden_RD, self.head.weight.t(), scratch)
+        """Logits [R, V] of normalised hidden states, on every rank; in `scratch` if it is given.
+
+        In the dtype of the network; on CUDA in float32 where that is half precision.
+        """
+        local = matmul_rows(hidden_RD, self.head.weight.t(), scratch, float32=True)
         return self._ranks.gather_columns(local)[:, : self.vocab_size]
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 Weights are frozen, so a backward returns gradients of inputs only. Normalisation, rotation and the
 activation are computed in float32, or in float64 for float64 inputs, as LLaDA's own code does.
+On the CPU they run operation by operation, in place where they can; on CUDA as kernels of `fused`.
 
-Legend: `N` rows, `D` width, `H` heads, `P` size of a head, `F` width of the MLP.
+Legend: `N` any rows, `D` width, `H` heads, `P` head size, `p` half of it, `F` MLP width.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from boe_vllm.models import fused
 
 Tensor = torch.Tensor
 
@@ -24,13 +27,14 @@ class Scratch:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def like(self, x_ND: Tensor, width: int) -> Tensor:
-        """Uninitialised [N, width] in the dtype and on the device of `x_ND`."""
-        size = len(x_ND) * width * x_ND.element_size()
+    def like(self, x_ND: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised [N, width] on the device of `x_ND`, in its dtype unless one is given."""
+        dtype = dtype or x_ND.dtype
+        size = len(x_ND) * width * dtype.itemsize
         if self._memory.numel() < size or self._memory.device != x_ND.device:
             self._memory = torch.empty(0, dtype=torch.uint8)  # before the larger one is made
             self._memory = torch.empty(size, dtype=torch.uint8, device=x_ND.device)
-        return self._memory[:size].view(x_ND.dtype).view(len(x_ND), width)
+        return self._memory[:size].view(dtype).view(len(x_ND), width)
 
 
 def accurate(x: Tensor) -> Tensor:
@@ -40,12 +44,16 @@ def accurate(x: Tensor) -> Tensor:
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * weight`, [N, D] in the dtype of `x`."""
+    if x_ND.is_cuda:
+        return fused.rms_norm(x_ND, weight_D, eps)
     x = accurate(x_ND)
     return (x * _inverse_rms(x, eps)).to(x_ND.dtype).mul_(weight_D)
 
 
 def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Gradient of `rms_norm` with respect to `x`, [N, D]."""
+    if x_ND.is_cuda:
+        return fused.rms_norm_backward(dy_ND, x_ND, weight_D, eps)
     x = accurate(x_ND)
     scale = _inverse_rms(x, eps)
     dnormed = accurate(dy_ND) * accurate(weight_D)
@@ -72,8 +80,11 @@ def rotate(
 ) -> Tensor:
     """Rotary embedding, halves layout (first half with second half), [N, H, P]; in `out` if it is
     given. `back` turns by the opposite angle, which is also the gradient's way."""
-    x = accurate(x_NHP)
     cos, sin = tables_2N1p
+    if x_NHP.is_cuda:
+        rotated = fused.rotate(x_NHP, cos, sin, back=back)
+        return rotated if out is None else out.copy_(rotated)
+    x = accurate(x_NHP)
     turned = out if out is not None and out.dtype == x.dtype else None
     if turned is None:
         turned = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -87,13 +98,17 @@ def rotate(
 
 
 def swiglu_(gate_up_N2F: Tensor) -> Tensor:
-    """`silu(gate) * up`, [N, F], of the two halves; overwrites the first."""
+    """`silu(gate) * up`, [N, F], of the two halves; on the CPU it overwrites the first."""
+    if gate_up_N2F.is_cuda:
+        return fused.swiglu(gate_up_N2F)
     gate, up = gate_up_N2F.chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
-    """Gradient of `swiglu`, [N, 2F]."""
+    """Gradient of `swiglu_`, [N, 2F], of which `gate_up` is the argument before it."""
+    if dy_NF.is_cuda:
+        return fused.swiglu_backward(dy_NF, gate_up_N2F)
     gate, up = (accurate(half) for half in gate_up_N2F.chunk(2, dim=-1))
     dy = accurate(dy_NF)
     gradient = torch.empty_like(gate_up_N2F, dtype=dy.dtype)

@@ -46,13 +46,9 @@ class BoEPolicy(Policy[BoEConfig]):
 
     def needs(self) -> Needs:
         """Rows that a backward or a partial pass over the step's own forward needs."""
-        config = self.config
-        second_pass_alone = config.surrogate == "inject" and config.context == "exact"
-        if config.active == "all" and not second_pass_alone:
-            return Needs(rows="all")
-        if second_pass_alone and config.sets == "top":
-            return Needs()
-        return Needs(rows="masked")
+        # The second forward of "inject" saves its own rows, but finds frozen ones in the first.
+        everything = self.config.active == "all" and self.config.surrogate != "inject"
+        return Needs(rows="all" if everything else "masked")
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """A surrogate's forward, the backward, and the chain's rounds."""

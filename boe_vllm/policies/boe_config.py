@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Certainty
@@ -65,17 +64,17 @@ MOST = 1e6
 """Largest weight: no product of a few of them overflows."""
 
 
-def _gain_scale(value: Any) -> float | Literal["mean"]:
-    """A positive weight, or "mean"; one error where a union of types would give two."""
-    if value == "mean":
-        return "mean"
+def _one_error(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error for a value that is neither; a union of types would give two."""
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 < weight <= MOST:
-        raise ValueError(f"expected a number above 0 and at most {MOST:.0f}, or 'mean'")
-    return weight
+        return validate(value)
+    except ValidationError:
+        raise ValueError(f"expected a number above 0 and at most {MOST:.0f}, or 'mean'") from None
+
+
+GainScale = Annotated[
+    Annotated[float, Field(gt=0, le=MOST)] | Literal["mean"], WrapValidator(_one_error)
+]
 
 
 @options
@@ -127,7 +126,7 @@ class BoEConfig(CompositionConfig):
     """Whether the candidates' importance is rescaled to [0, 1] before the floor's penalty."""
     risk: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of ln p, the log-probability of the candidate's own token; 0 in the paper."""
-    gain_scale: Annotated[float | Literal["mean"], PlainValidator(_gain_scale)] = 1.0
+    gain_scale: GainScale = 1.0
     """Weight of the importance, above 0; "mean" divides it by the number of objective positions,
     which is Info-Gain's weighting."""
     sets: Literal["top", "chain"] = "chain"

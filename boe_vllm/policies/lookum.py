@@ -48,10 +48,10 @@ class LookUMConfig(PolicyConfig):
     paths: Annotated[int, Field(ge=1)] = 2
     """Sets drawn per step, k (paper)."""
     pool_size: Annotated[int, Field(ge=1)] = 5
-    """Most certain positions that sets are drawn from (paper)."""
+    """Number of the most certain positions, which sets are drawn from (paper)."""
     pool_threshold: float | None = None
-    """Instead, all positions at least this certain (paper's alternative); in nats and negative for
-    certainty "entropy"."""
+    """Least certainty of what sets are drawn from, instead of a number of positions (paper's
+    alternative); in nats and negative for `certainty` "entropy"."""
     certainty: Certainty = "confidence"
     """What the pool is ordered by, "entropy" meaning negative entropy (ours)."""
     draw: Literal["uniform", "certainty"] = "uniform"

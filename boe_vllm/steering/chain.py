@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Transfer
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
 from boe_vllm.steering.hypothetical import run_guided
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
@@ -86,12 +86,13 @@ def _predict(current: DenoisingPass, queries: Sequence[tuple[int, Conditional]])
         read.append(first + len(query.written) + np.arange(len(query.queried)))
         numbers.append(_supposed_constraints(current, s, query))
         first += len(own)
-    x = current.model.embed(torch.from_numpy(np.concatenate(tokens)).to(current.device))
-    hidden = run_guided(current, [s for s, _ in queries], rows, x)
-    wanted = torch.from_numpy(np.concatenate(read)).to(current.device)
+    transfer = Transfer(current.device)
+    wanted = transfer.add(np.concatenate(read))
+    sequences = [s for s, _ in queries]
+    hidden = run_guided(current, sequences, rows, np.concatenate(tokens), transfer)
     counts = [len(query.queried) for _, query in queries]
     return read_statistics(
-        current.log_probs.of(hidden[wanted], np.concatenate(numbers)),
+        current.log_probs.of(hidden[wanted.tensor], np.concatenate(numbers)),
         RowWrites(
             temperature=np.repeat([query.temperature for _, query in queries], counts),
             uniform=np.concatenate([query.uniform for _, query in queries]),

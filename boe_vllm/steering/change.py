@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Transfer
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 
 Tensor = torch.Tensor
@@ -49,7 +50,8 @@ class PredictionChange(Query[FloatArray]):
     ) -> list[QueryResult[FloatArray]]:
         """Compare with what the last step left behind, and leave this step's behind."""
         starts = np.cumsum([0, *(len(query.positions) for _, query in queries)])
-        rows, known, hidden = [], [], []
+        transfer = Transfer(current.device)
+        rows, known, kept = [], [], []
         for (s, query), start in zip(queries, starts[:-1], strict=True):
             rows.append(current.logit_rows(s, np.arange(len(query.positions))))
             before = _exchange(current, s)
@@ -58,15 +60,19 @@ class PredictionChange(Query[FloatArray]):
                     query.positions, before.positions, return_indices=True
                 )
                 known.append(start + now)
-                hidden.append(before.hidden_ND[torch.from_numpy(then).to(current.device)])
-        kl = np.empty(starts[-1])
+                kept.append((before.hidden_ND, transfer.add(then)))
         packed = np.concatenate(rows)
         seen = np.concatenate([np.empty(0, np.int64), *known])
-        if len(seen):
-            kl[seen] = _kl(current, packed[seen], torch.cat(hidden))
         new = np.setdiff1d(np.arange(len(packed)), seen)
+        found = []
+        if len(seen):
+            hidden = torch.cat([hidden_ND[then.tensor] for hidden_ND, then in kept])
+            found.append(_kl(current, packed[seen], hidden))
         if len(new):
-            kl[new] = _kl(current, packed[new], None)
+            found.append(_kl(current, packed[new], None))
+        kl = np.empty(len(packed))
+        if found:
+            kl[np.concatenate([seen, new])] = torch.cat(found).cpu().numpy()
         return [QueryResult(value=kl[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
@@ -82,7 +88,7 @@ def _exchange(current: DenoisingPass, s: int) -> _Before | None:
     return before
 
 
-def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> FloatArray:
+def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> Tensor:
     """[N] KLs of the logit rows' predictions from those of the states before, or from nothing."""
     log_probs = current.log_probs
     pieces = []
@@ -92,7 +98,7 @@ def _kl(current: DenoisingPass, rows: IntArray, before_ND: Tensor | None) -> Flo
         before = log_probs.of(before_ND, log_probs.constraint_R[rows])
         tiles = zip(log_probs.rows(rows), before.tiles(), strict=True)
         pieces = [_kl_rows(now, then) for (_, now), (_, then) in tiles]
-    return torch.cat(pieces).cpu().numpy()
+    return torch.cat(pieces)
 
 
 def _kl_rows(now_rV: Tensor, before_rV: Tensor | None) -> Tensor:
@@ -102,7 +108,9 @@ def _kl_rows(now_rV: Tensor, before_rV: Tensor | None) -> Tensor:
     for start in range(0, len(now_rV), few):
         rows = slice(start, start + few)
         p = now_rV[rows].double().softmax(-1)
-        q = 0.0 if before_rV is None else before_rV[rows].double().softmax(-1)
-        other = torch.as_tensor(q + EPSILON, dtype=p.dtype, device=p.device).log()
-        kl.append((p * ((p + EPSILON).log() - other)).sum(-1))
+        if before_rV is None:
+            q = torch.zeros((), dtype=p.dtype, device=p.device)
+        else:
+            q = before_rV[rows].double().softmax(-1)
+        kl.append((p * ((p + EPSILON).log() - (q + EPSILON).log())).sum(-1))
     return torch.cat(kl)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Transfer
 from boe_vllm.models.functional import accurate
 from boe_vllm.steering.hypothetical import run_guided
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
@@ -59,15 +60,14 @@ class Coupling(Query[FloatArray]):
         cls, current: DenoisingPass, queries: Sequence[tuple[int, Coupling]]
     ) -> list[QueryResult[FloatArray]]:
         """All that are measured share one packed pass."""
-        kinds = {"attention": _by_attention, "overlap": _by_overlap}
+        kinds: dict[bool, list[int]] = {}
+        for n, (_, query) in enumerate(queries):
+            kinds.setdefault(query.estimator in ("exact", "pairs"), []).append(n)
         results: dict[int, QueryResult[FloatArray]] = {}
-        measured = [n for n, (_, query) in enumerate(queries) if query.estimator not in kinds]
-        if measured:
-            solved = _measured(current, [queries[n] for n in measured])
-            results.update(zip(measured, solved, strict=True))
-        for n, (s, query) in enumerate(queries):
-            if n not in results:
-                results[n] = QueryResult(value=kinds[query.estimator](current, s, query))
+        for measured, members in kinds.items():
+            own = [queries[n] for n in members]
+            solved = _measured(current, own) if measured else _read_off(current, own)
+            results.update(zip(members, solved, strict=True))
         return [results[n] for n in range(len(queries))]
 
 
@@ -95,10 +95,11 @@ def _measured(
         tokens.append(ids.ravel())
         read.append(first + (np.arange(many)[:, None] * len(own) + columns[None, :]).ravel())
         first += states.size
-    x = current.model.embed(torch.from_numpy(np.concatenate(tokens)).to(current.device))
-    hidden = run_guided(current, [s for s, _ in queries], rows, x)
-    wanted = torch.from_numpy(np.concatenate(read)).to(current.device)
-    changes = _changes(current, hidden[wanted], queries)
+    transfer = Transfer(current.device)
+    wanted = transfer.add(np.concatenate(read))
+    sequences = [s for s, _ in queries]
+    hidden = run_guided(current, sequences, rows, np.concatenate(tokens), transfer)
+    changes = _changes(current, hidden[wanted.tensor], queries)
     results, start = [], 0
     for (s, query), states in zip(queries, rows, strict=True):
         many = len(query.pool)
@@ -121,13 +122,17 @@ def _changes(
     old_rows = np.concatenate(
         [np.tile(current.logit_rows(s, query.pool), len(query.pool)) for s, query in queries]
     )
-    tokens = np.concatenate([np.tile(query.tokens, len(query.pool)) for _, query in queries])
+    transfer = Transfer(current.device)
+    tokens = transfer.add(
+        np.concatenate([np.tile(query.tokens, len(query.pool)) for _, query in queries])
+    )
     new = current.log_probs.of(hidden_ND, current.log_probs.constraint_R[old_rows])
     kl, pmi = [], []
     for places, logp in new.tiles():
-        old = torch.cat([tile for _, tile in current.log_probs.rows(old_rows[places])])
+        tiles = current.log_probs.rows(old_rows[places], transfer)
+        old = torch.cat([tile for _, tile in tiles])
         kl.append((logp.exp() * (logp - old)).sum(-1))
-        token = torch.from_numpy(tokens[places]).to(logp.device)[:, None]
+        token = tokens.tensor[places, None]
         pmi.append((logp.gather(1, token) - old.gather(1, token))[:, 0])
     both = torch.stack([torch.cat(kl), torch.cat(pmi)]).double().cpu().numpy()
     return {"kl": both[0], "pmi": -0.5 * both[1]}
@@ -136,55 +141,78 @@ def _changes(
 # ---- read off the step's own pass ----------------------------------------------------------------
 
 
-def _by_attention(current: DenoisingPass, s: int, query: Coupling) -> FloatArray:
-    smaller = np.minimum.outer(query.entropy, query.entropy)
-    return _mutual_attention(current, s, query.pool) * smaller
+def _read_off(
+    current: DenoisingPass, queries: Sequence[tuple[int, Coupling]]
+) -> list[QueryResult[FloatArray]]:
+    """ "attention" and "overlap": with one read for all queries."""
+    transfer = Transfer(current.device)
+    indices = [
+        (transfer.add(current.saved_rows(current.place(s), query.pool)), transfer.add(query.pool))
+        for s, query in queries
+    ]
+    found = []
+    for (s, query), (rows, columns) in zip(queries, indices, strict=True):
+        found.append(_attention_between(current, s, rows.tensor, columns.tensor))
+        if query.estimator == "overlap":
+            found.append(_overlap(current, s, query))
+    host = torch.cat([matrix_CC.double().flatten() for matrix_CC in found]).cpu().numpy()
+    sizes = [matrix_CC.numel() for matrix_CC in found]
+    matrices = iter(np.split(host, np.cumsum(sizes)[:-1]))
+    results = []
+    for _, query in queries:
+        shape = (len(query.pool), len(query.pool))
+        attention = _in_units_of_its_mean(next(matrices).reshape(shape))
+        if query.estimator == "overlap":
+            factor = next(matrices).reshape(shape)
+        else:
+            factor = np.minimum.outer(query.entropy, query.entropy)
+        results.append(QueryResult(value=attention * factor))
+    return results
 
 
-def _by_overlap(current: DenoisingPass, s: int, query: Coupling) -> FloatArray:
-    return _mutual_attention(current, s, query.pool) * _overlap(current, s, query)
+def _attention_between(current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor) -> Tensor:
+    """[C, C] attention between rows of a sequence, summed over layers and heads.
 
-
-def _mutual_attention(current: DenoisingPass, s: int, pool: IntArray) -> FloatArray:
-    """[C, C] attention between rows of a sequence, in units of its mean; the diagonal is zero.
-
-    Mean over layers, heads and both directions; of a CFG pair, the sequence's own.
+    Of a CFG pair, the sequence's own.
 
     Args:
         current: the step's pass, with what it saved.
         s: the sequence.
-        pool: [C] indices into its masked positions.
+        rows_C: saved rows of the pool.
+        columns_C: the pool's places among the sequence's key rows.
     """
     assert current.saved is not None
     layout, place = current.layout.attention, current.place(s)
     span = slice(layout.kv_starts[place], layout.kv_starts[place] + layout.kv_seqlens[place])
-    rows = torch.from_numpy(current.saved_rows(place, pool)).to(current.device)
-    columns = torch.from_numpy(pool).to(current.device)
-    total = torch.zeros(len(pool), len(pool), device=current.device)
+    total = torch.zeros(len(rows_C), len(rows_C), device=current.device)
     for saved in current.saved.layers:
-        q_HCP = saved.queries_AHP[rows].transpose(0, 1)
+        q_HCP = saved.queries_AHP[rows_C].transpose(0, 1)
         group = q_HCP.shape[0] // saved.keys_SGP.shape[1]
         keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
         scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
-        total = total + scores.softmax(-1)[:, :, columns].sum(0)
-    attention = current.model.sum_over_ranks(total).double().cpu().numpy()
-    attention = attention + attention.T
-    np.fill_diagonal(attention, 0.0)
-    pairs = len(pool) * (len(pool) - 1)
-    mean = attention.sum() / max(1, pairs)
-    return attention / max(mean, 1e-30)
+        total = total + scores.softmax(-1)[:, :, columns_C].sum(0)
+    return current.model.sum_over_ranks(total)
 
 
-def _overlap(current: DenoisingPass, s: int, query: Coupling) -> FloatArray:
+def _in_units_of_its_mean(attention_CC: FloatArray) -> FloatArray:
+    """[C, C] attention in both directions over its mean; the diagonal is zero."""
+    both = attention_CC + attention_CC.T
+    np.fill_diagonal(both, 0.0)
+    pairs = len(both) * (len(both) - 1)
+    mean = both.sum() / max(1, pairs)
+    return both / max(mean, 1e-30)
+
+
+def _overlap(current: DenoisingPass, s: int, query: Coupling) -> Tensor:
     """[C, C] overlaps; the predictions are read tile by tile, so that memory stays bounded."""
     rows = current.logit_rows(s, query.pool)
-    overlap = np.empty((len(rows), len(rows)))
+    overlap = torch.empty(len(rows), len(rows), dtype=torch.float64, device=current.device)
     for left, logp_rV in current.log_probs.rows(rows):
         spread_rV = _spread(logp_rV)
         for right, other_rV in current.log_probs.rows(rows[: left.stop]):
-            tile = spread_rV @ _spread(other_rV).mT
-            overlap[left, right] = tile.double().cpu().numpy()
-            overlap[right, left] = overlap[left, right].T
+            tile = (spread_rV @ _spread(other_rV).mT).double()
+            overlap[left, right] = tile
+            overlap[right, left] = tile.mT
     return overlap
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from boe_vllm.attention.overlay import Overlay, group_overlays, overlay_attention
+from boe_vllm.attention.overlay import Overlay, OverlayGroup, group_overlays, overlay_attention
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.functional import rms_norm
 from boe_vllm.models.rows import RowLayout
@@ -26,20 +27,28 @@ from boe_vllm.steering.step import DenoisingPass
 Tensor = torch.Tensor
 
 
-def soft_writes(log_probs: LogProbabilities, rows_C: IntArray, sharpen_C: FloatArray) -> Tensor:
+def soft_writes(
+    log_probs: LogProbabilities,
+    rows_C: IntArray,
+    sharpen_C: FloatArray,
+    transfer: Transfer | None = None,
+) -> Tensor:
     """[C, D] expected embeddings `E^T pi` of the rows (eq. 10); no gradient passes (eq. 29).
 
     Args:
         log_probs: of the pass.
         rows_C: [C] logit rows of the candidates.
         sharpen_C: [C] below 1, `pi^(1/sharpen)`, renormalised, takes the place of `pi`.
+        transfer: what takes these to the device.
     """
     model: Decoder = log_probs.model  # type: ignore[assignment]
+    transfer = transfer or Transfer(log_probs.device)
+    dtype = torch.promote_types(log_probs.hidden_RD.dtype, torch.float32)
+    powers = transfer.add(1 / sharpen_C, dtype)
     writes = []
-    for places, logp in log_probs.rows(rows_C):
+    for places, logp in log_probs.rows(rows_C, transfer):
         if (sharpen_C[places] != 1).any():
-            power = torch.from_numpy(1 / sharpen_C[places]).to(logp)
-            logp = (logp * power[:, None]).log_softmax(-1)
+            logp = (logp * powers.tensor[places, None]).log_softmax(-1)
         writes.append(model.soft_embed(logp.exp()))
     return torch.cat(writes)
 
@@ -57,9 +66,47 @@ class States:
     """[N, m] per state, indices into the sequence's masked positions: the rows that are run."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PartialRows:
+    """Where the rows of some states lie in the step's pass, on their way to the device."""
+
+    saved: Arrival
+    """[Q] packed saved rows, state by state."""
+    groups: list[OverlayGroup]
+    """The states by the shape of their attention."""
+
+
+def announce(current: DenoisingPass, states: Sequence[States], transfer: Transfer) -> PartialRows:
+    """Find the rows of some states, and announce their indices to the device.
+
+    Args:
+        current: the step's pass, which has saved every row's keys and values.
+        states: what will be run.
+        transfer: of the partial pass.
+    """
+    assert current.saved is not None
+    layout, saved = current.layout.attention, current.saved.layers[0]
+    rows = np.concatenate([current.saved_rows(s.place, s.rows.ravel()) for s in states])
+    overlays = [
+        Overlay(
+            kv_start=layout.kv_starts[s.place],
+            kv_len=layout.kv_seqlens[s.place],
+            columns_Nm=s.rows,
+        )
+        for s in states
+    ]
+    groups = group_overlays(
+        overlays,
+        heads=saved.queries_AHP.shape[1],
+        row_elements=saved.keys_SGP[0].numel(),
+        transfer=transfer,
+    )
+    return PartialRows(saved=transfer.add(rows), groups=groups)
+
+
 def run_partial(
     current: DenoisingPass,
-    states: Sequence[States],
+    rows: PartialRows,
     x_QD: Tensor,
     *,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -69,31 +116,15 @@ def run_partial(
 
     Args:
         current: the step's pass, which has saved every row's keys and values.
-        states: what is run; rows are packed state by state.
+        rows: what is run, state by state, as `announce` found it.
         x_QD: the rows' embeddings under the supposition.
         observe: called with (layer, keys, values), [Q, G, P] each, for every layer.
         final: whether the final states are wanted; otherwise the last layer's mixing is skipped
             and None comes back.
     """
     assert current.saved is not None
-    model, layout = current.model, current.layout.attention
-    rows = np.concatenate([current.saved_rows(s.place, s.rows.ravel()) for s in states])
-    rotary = current.saved.rotary_2A1p[:, torch.from_numpy(rows).to(current.device)]
-    overlays = [
-        Overlay(
-            kv_start=layout.kv_starts[s.place],
-            kv_len=layout.kv_seqlens[s.place],
-            columns_Nm=torch.from_numpy(s.rows).to(current.device),
-        )
-        for s in states
-    ]
-    saved = current.saved.layers[0]
-    groups = group_overlays(
-        overlays,
-        heads=saved.queries_AHP.shape[1],
-        row_elements=saved.keys_SGP[0].numel(),
-        device=current.device,
-    )
+    model = current.model
+    rotary = current.saved.rotary_2A1p[:, rows.saved.tensor]
     x, last = x_QD, len(model.layers) - 1
     for index, (block, saved) in enumerate(zip(model.layers, current.saved.layers, strict=True)):
         q, k, v = block.project(x, rotary)
@@ -102,14 +133,18 @@ def run_partial(
         if index == last and not final:
             return None
         mixed = overlay_attention(
-            q, k, v, saved.keys_SGP, saved.values_SGP, groups=groups, scale=block.scale
+            q, k, v, saved.keys_SGP, saved.values_SGP, groups=rows.groups, scale=block.scale
         )
         x, _ = block.feed(block.attend(x, mixed))
     return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
 
 
 def run_guided(
-    current: DenoisingPass, sequences: Sequence[int], rows: Sequence[IntArray], x_QD: Tensor
+    current: DenoisingPass,
+    sequences: Sequence[int],
+    rows: Sequence[IntArray],
+    tokens_Q: IntArray,
+    transfer: Transfer,
 ) -> Tensor:
     """[Q, D] final states of hypothetical states of some sequences, guided where they are.
 
@@ -117,7 +152,8 @@ def run_guided(
         current: the step's pass.
         sequences: of it.
         rows: for each, as in `States.rows`.
-        x_QD: the rows' embeddings under the supposition, packed in this order.
+        tokens_Q: what the rows are supposed to hold, packed in this order.
+        transfer: what takes all this to the device.
     """
     states = [
         States(place=current.place(s), rows=own) for s, own in zip(sequences, rows, strict=True)
@@ -125,10 +161,13 @@ def run_guided(
     pairs = [n for n, s in enumerate(sequences) if s in current.unconditional]
     copies = [States(place=current.unconditional[sequences[n]], rows=rows[n]) for n in pairs]
     lens = [own.size for own in rows]
-    pieces = x_QD.split(lens)
-    x_QD = torch.cat([x_QD, *(pieces[n] for n in pairs)])
-    hidden = run_partial(current, [*states, *copies], x_QD)
+    pieces = np.split(tokens_Q, np.cumsum(lens)[:-1])
+    tokens = transfer.add(np.concatenate([tokens_Q, *(pieces[n] for n in pairs)]))
+    packed = announce(current, [*states, *copies], transfer)
+    hidden = run_partial(current, packed, current.model.embed(tokens.tensor))
     assert hidden is not None
+    if not pairs:
+        return hidden
     found = list(hidden.split(lens + [lens[n] for n in pairs]))
     for copy, n in enumerate(pairs, len(states)):
         guide = current.guide(sequences[n])
@@ -164,19 +203,20 @@ def reveal(
     """
     assert current.saved is not None
     layers = current.saved.layers
-    rows = np.concatenate(list(map(current.key_rows, places, candidates)))
-    own = torch.from_numpy(rows).to(current.device)
-    changes = Revealed([], [])
-
-    def note(layer: int, keys_CGP: Tensor, values_CGP: Tensor) -> None:
-        changes.keys.append(keys_CGP - layers[layer].keys_SGP[own])
-        changes.values.append(values_CGP - layers[layer].values_SGP[own])
-
     states = [
         States(place=place, rows=index[:, None])
         for place, index in zip(places, candidates, strict=True)
     ]
-    run_partial(current, states, soft_CD, observe=note, final=False)
+    transfer = Transfer(current.device)
+    rows = announce(current, states, transfer)
+    own = transfer.add(np.concatenate(list(map(current.key_rows, places, candidates))))
+    changes = Revealed([], [])
+
+    def note(layer: int, keys_CGP: Tensor, values_CGP: Tensor) -> None:
+        changes.keys.append(keys_CGP - layers[layer].keys_SGP[own.tensor])
+        changes.values.append(values_CGP - layers[layer].values_SGP[own.tensor])
+
+    run_partial(current, rows, soft_CD, observe=note, final=False)
     return changes
 
 
@@ -199,7 +239,7 @@ class FrozenRows(KeyValueContext):
             pieces.append(np.arange(start, start + live))
             begin, end = old.kv_starts[place] + live, old.kv_starts[place] + old.kv_seqlens[place]
             pieces.append(total + np.arange(begin, end))
-        self.index = torch.from_numpy(np.concatenate(pieces)).to(second.device)
+        (self.index,) = to_device([np.concatenate(pieces)], second.device)
 
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """[S, G, P] keys and values, [live | frozen] of every sequence."""

@@ -8,20 +8,20 @@ see each other, so each request's gradient is its own although all objectives ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.models.functional import accurate
 from boe_vllm.models.rows import SequenceRows, pack
 from boe_vllm.models.saved import SavedPass
 from boe_vllm.sampling.distributions import entropy_gradient
 from boe_vllm.steering.guidance import (
     PairMember,
-    Place,
     guided,
     members_of,
     places_of,
@@ -84,17 +84,18 @@ def _single_pass(
     """All surrogates but "inject": one backward on what the step's own pass saved."""
     assert current.saved is not None
     members = members_of(current, queries)
-    soft = _soft_writes(current, members)
-    rows = _packed(current.saved_rows, members, _candidates).to(current.device)
     revealing = [n for n, member in enumerate(members) if member.query.surrogate in REVEALING]
     lens = [len(member.query.candidates) for member in members]
-    spans = _spans(lens, revealing).to(current.device)
-    observe = _responses(current, [members[n] for n in revealing], soft[spans])
-    dx = _backward(current, current.saved, members, observe)
-    change = accurate(soft) - accurate(_mask_embedding(current, soft.dtype))
-    scores = -(accurate(dx[rows]) * change).sum(-1)
+    transfer = Transfer(current.device)
+    named, spans = _announce(current, members, transfer), transfer.add(_spans(lens, revealing))
+    soft = _soft_writes(current, members, transfer)
+    observe = None
+    if revealing:
+        observe = _responses(current, [members[n] for n in revealing], soft[spans.tensor])
+    dx = _backward(current, current.saved, members, named, observe)
+    scores = _scores(current, dx, named, soft)
     if observe is not None:
-        scores[spans] = observe.drops_C.to(scores)
+        scores[spans.tensor] = observe.drops_C.to(scores)
     values = summed(scores, members, [len(query.candidates) for _, query in queries])
     return [
         QueryResult(
@@ -115,15 +116,14 @@ def _injected(
 ) -> list[QueryResult[FloatArray]]:
     """ "inject": a second forward with all candidates' soft writes, then its backward."""
     members = members_of(first, queries)
-    soft = _soft_writes(first, members)
+    soft = _soft_writes(first, members, Transfer(first.device))
     second = _second_pass(first, queries, members, soft)
     assert second.saved is not None
     layout = second.layout
     again = members_of(second, [(n, query) for n, (_, query) in enumerate(queries)])
-    dx = _backward(second, second.saved, again)
-    rows = _packed(second.saved_rows, again, _candidates).to(first.device)
-    change = accurate(soft) - accurate(_mask_embedding(first, soft.dtype))
-    scores = -(accurate(dx[rows]) * change).sum(-1)
+    named = _announce(second, again, Transfer(first.device))
+    dx = _backward(second, second.saved, again, named)
+    scores = _scores(second, dx, named, soft)
     values = summed(scores, again, [len(query.candidates) for _, query in queries])
     return [
         QueryResult(
@@ -153,12 +153,11 @@ def _second_pass(
     if any(layout.frozen_lens):
         assert first.saved is not None
         context = FrozenRows(first.saved, layout, [member.place for member in members])
+    starts = zip(layout.live_starts, members, strict=True)
+    written = np.concatenate([start + m.query.candidates for start, m in starts])
+    (index,) = to_device([written], first.device)
     x = model.embed(layout.tokens).clone()
-    rows = [
-        start + member.query.candidates
-        for start, member in zip(layout.live_starts, members, strict=True)
-    ]
-    x[torch.from_numpy(np.concatenate(rows)).to(first.device)] = soft_CD
+    x[index] = soft_CD
     hidden, saved = model.run(x, layout, context)
     numbers = [
         first.log_probs.constraint_R[first.logit_rows(s, np.arange(len(rows.logit_positions)))]
@@ -194,25 +193,64 @@ def _relaxed_rows(first: DenoisingPass, s: int, query: TokenImportance) -> Seque
     )
 
 
-def _soft_writes(current: DenoisingPass, members: Sequence[Member]) -> Tensor:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Named:
+    """Where a pass has what its members' queries name, on the way to the device."""
+
+    candidates: Arrival
+    """[C] saved rows."""
+    objective: Arrival
+    """[O] saved rows."""
+    weights: Arrival
+    """[O] of the rows' logits in those that are read, in float32 or better."""
+    active: Arrival
+    """[A, 1, 1] 1 for saved rows whose attention passes a gradient (eq. 30), else 0."""
+
+
+def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> _Named:
+    """Find the rows, and announce them to the device."""
+    candidates = [current.saved_rows(m.place, m.query.candidates) for m in members]
+    objective = [current.saved_rows(m.place, m.query.objective) for m in members]
+    dtype = current.log_probs.hidden_RD.dtype
+    return _Named(
+        candidates=transfer.add(np.concatenate(candidates)),
+        objective=transfer.add(np.concatenate(objective)),
+        weights=transfer.add(_weights(members), torch.promote_types(dtype, torch.float32)),
+        active=transfer.add(_active_rows(current, members), dtype),
+    )
+
+
+def _weights(members: Sequence[Member]) -> FloatArray:
+    return np.repeat([m.weight for m in members], [len(m.query.objective) for m in members])
+
+
+def _active_rows(current: DenoisingPass, members: Sequence[Member]) -> FloatArray:
+    active = np.zeros((sum(current.layout.saved_lens), 1, 1))
+    for member in members:
+        start = current.layout.saved_starts[member.place]
+        if member.query.active is None:
+            active[start : start + current.layout.saved_lens[member.place]] = 1
+        else:
+            active[start + member.query.active] = 1
+    return active
+
+
+def _soft_writes(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> Tensor:
     """[C, D] soft writes, packed member by member; a copy's are those of its sequence."""
     own = [member for member in members if member.own]
     rows = np.concatenate([current.logit_rows(m.source, m.query.candidates) for m in own])
-    sharpen = np.concatenate([np.full(len(m.query.candidates), m.query.sharpen) for m in own])
-    soft = soft_writes(current.log_probs, rows, sharpen)
-    lens = [len(member.query.candidates) for member in own]
-    again = _spans(lens, [member.number for member in members[len(own) :]])
-    return torch.cat([soft, soft[again.to(soft.device)]]) if len(again) else soft
+    lens = [len(m.query.candidates) for m in own]
+    sharpen = np.repeat([m.query.sharpen for m in own], lens)
+    copies = members[len(own) :]
+    again = transfer.add(_spans(lens, [member.number for member in copies]))
+    soft = soft_writes(current.log_probs, rows, sharpen, transfer)
+    return torch.cat([soft, soft[again.tensor]]) if copies else soft
 
 
-def _responses(
-    current: DenoisingPass, members: Sequence[Member], soft_CD: Tensor
-) -> Responses | None:
+def _responses(current: DenoisingPass, members: Sequence[Member], soft_CD: Tensor) -> Responses:
     """What watches the backward for those that need the candidates' keys and values revealed."""
-    if not members:
-        return None
-    candidates = [member.query.candidates for member in members]
-    changes = reveal(soft_CD, current, [member.place for member in members], candidates)
+    candidates = [m.query.candidates for m in members]
+    changes = reveal(soft_CD, current, [m.place for m in members], candidates)
     watched = [
         Watched(place=m.place, candidates=m.query.candidates, rule=m.query.surrogate)
         for m in members
@@ -224,24 +262,19 @@ def _backward(
     current: DenoisingPass,
     saved: SavedPass,
     members: Sequence[Member],
+    named: _Named,
     observe: Responses | None = None,
 ) -> Tensor:
     """[A, D] gradient of the summed entropies at the saved rows' embeddings."""
     with current.clock.part("backward"):
-        return current.model.backward(
-            _objective_gradient(current, members),
-            saved,
-            _active_rows(current, members),
-            observe=observe,
-        )
+        dhidden = _objective_gradient(current, members, named)
+        return current.model.backward(dhidden, saved, named.active.tensor, observe=observe)
 
 
-def _objective_gradient(current: DenoisingPass, members: Sequence[Member]) -> Tensor:
+def _objective_gradient(current: DenoisingPass, members: Sequence[Member], named: _Named) -> Tensor:
     """[A, D] gradient of the summed entropies at the saved rows' final hidden states."""
-    log_probs = current.log_probs
+    log_probs, weights = current.log_probs, _weights(members)
     rows = np.concatenate([current.logit_rows(m.source, m.query.objective) for m in members])
-    weights = np.concatenate([np.full(len(m.query.objective), m.weight) for m in members])
-    saved = _packed(current.saved_rows, members, _objective).to(current.device)
     dhidden = torch.zeros(
         (sum(current.layout.saved_lens), log_probs.hidden_RD.shape[1]),
         dtype=log_probs.hidden_RD.dtype,
@@ -250,49 +283,21 @@ def _objective_gradient(current: DenoisingPass, members: Sequence[Member]) -> Te
     for places, logp in log_probs.rows(rows):
         gradient = entropy_gradient(logp, log_probs.memory.gradient)
         if (weights[places] != 1).any():
-            gradient *= torch.from_numpy(weights[places]).to(gradient)[:, None]
-        dhidden[saved[places]] = current.model.logits_backward(gradient).to(dhidden)
+            gradient *= named.weights.tensor[places, None]
+        gradient = current.model.logits_backward(gradient).to(dhidden)
+        dhidden[named.objective.tensor[places]] = gradient
     return dhidden
 
 
-def _active_rows(current: DenoisingPass, members: Sequence[Member]) -> Tensor:
-    """[A, 1, 1] 1 where the attention output passes a gradient (eq. 30), else 0."""
-    active = np.zeros(sum(current.layout.saved_lens))
-    for member in members:
-        start = current.layout.saved_starts[member.place]
-        if member.query.active is None:
-            active[start : start + current.layout.saved_lens[member.place]] = 1
-        else:
-            active[start + member.query.active] = 1
-    dtype = current.log_probs.hidden_RD.dtype
-    return torch.from_numpy(active).to(current.device, dtype)[:, None, None]
+def _scores(current: DenoisingPass, dx_AD: Tensor, named: _Named, soft_CD: Tensor) -> Tensor:
+    """[C] how much the entropies fall, to first order, from the mask to the soft write."""
+    mask = torch.full((1,), current.log_probs.mask_token_id, device=current.device)
+    change = accurate(soft_CD) - accurate(current.model.embed(mask).to(soft_CD.dtype))
+    return -(accurate(dx_AD[named.candidates.tensor]) * change).sum(-1)
 
 
-def _mask_embedding(current: DenoisingPass, dtype: torch.dtype) -> Tensor:
-    token = torch.tensor([current.log_probs.mask_token_id], device=current.device)
-    return current.model.embed(token).to(dtype)
-
-
-def _candidates(query: TokenImportance) -> IntArray:
-    return query.candidates
-
-
-def _objective(query: TokenImportance) -> IntArray:
-    return query.objective
-
-
-def _packed(
-    rows_of: Callable[[Place, IntArray], IntArray],
-    members: Sequence[Member],
-    index_of: Callable[[TokenImportance], IntArray],
-) -> Tensor:
-    """Packed rows of what every member's query names."""
-    pieces = [rows_of(member.place, index_of(member.query)) for member in members]
-    return torch.from_numpy(np.concatenate(pieces))
-
-
-def _spans(lens: Sequence[int], chosen: Sequence[int]) -> Tensor:
+def _spans(lens: Sequence[int], chosen: Sequence[int]) -> IntArray:
     """Packed places of the values of some members, given the number of each member's values."""
     starts = np.cumsum([0, *lens])
     pieces = [np.arange(starts[n], starts[n + 1]) for n in chosen]
-    return torch.from_numpy(np.concatenate(pieces) if pieces else np.empty(0, np.int64))
+    return np.concatenate([np.empty(0, np.int64), *pieces])

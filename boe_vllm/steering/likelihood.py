@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import Transfer
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 
 
@@ -28,10 +29,12 @@ class Likelihood(Query[FloatArray]):
         """Read the rows of all queries tile by tile."""
         rows = np.concatenate([current.logit_rows(s, query.index) for s, query in queries])
         tokens = np.concatenate([query.tokens for _, query in queries])
-        wanted = torch.from_numpy(tokens).to(current.device)
-        values = np.empty(len(rows))
-        for places, logp in current.log_probs.rows(rows):
-            found = logp.gather(-1, wanted[places][:, None])[:, 0]
-            values[places] = found.double().cpu().numpy()
+        transfer = Transfer(current.device)
+        wanted = transfer.add(tokens)
+        found = [
+            logp.gather(-1, wanted.tensor[places, None])[:, 0]
+            for places, logp in current.log_probs.rows(rows, transfer)
+        ]
+        values = torch.cat(found).double().cpu().numpy() if found else np.empty(0)
         ends = np.cumsum([len(query.index) for _, query in queries])
         return [QueryResult(value=own) for own in np.split(values, ends[:-1])]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.transfer import to_device
 from boe_vllm.models.cache import CachedRows
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack
 from boe_vllm.sampling import randomness
@@ -97,9 +98,7 @@ class Lookahead(Query[list[Prospect]]):
         states = [
             state for n, (s, query) in enumerate(queries) for state in _states(current, n, s, query)
         ]
-        soft = [
-            _SoftWrites(current, s, query) if query.tokens is None else None for s, query in queries
-        ]
+        soft = _SoftWrites(current, queries)
         prospects: list[list[Prospect]] = [[] for _ in queries]
         rows = [0 for _ in queries]
         for batch in _batches(current, states):
@@ -129,19 +128,27 @@ class _State:
 
 
 class _SoftWrites:
-    """The soft embeddings of every position that some state of a query writes."""
+    """The soft embeddings of every position that some state writes softly."""
 
-    def __init__(self, current: DenoisingPass, sequence: int, query: Lookahead) -> None:
-        self.index = np.unique(np.concatenate(query.writes))
-        rows = current.logit_rows(sequence, self.index)
-        self.embeddings_CD = soft_writes(
-            current.log_probs, rows, np.full(len(rows), float(query.sharpen))
-        )
+    def __init__(self, current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]) -> None:
+        self._index: dict[int, IntArray] = {}
+        self._starts: dict[int, int] = {}
+        rows, sharpen = [], []
+        for n, (s, query) in enumerate(queries):
+            if query.tokens is None:
+                self._index[n] = np.unique(np.concatenate(query.writes))
+                self._starts[n] = sum(map(len, rows))
+                rows.append(current.logit_rows(s, self._index[n]))
+                sharpen.append(np.full(len(rows[-1]), float(query.sharpen)))
+        self.embeddings_CD: Tensor | None = None
+        if rows:
+            self.embeddings_CD = soft_writes(
+                current.log_probs, np.concatenate(rows), np.concatenate(sharpen)
+            )
 
-    def of(self, index: IntArray) -> Tensor:
-        """[len(index), D] those of some positions."""
-        places = torch.from_numpy(np.searchsorted(self.index, index))
-        return self.embeddings_CD[places.to(self.embeddings_CD.device)]
+    def places(self, query: int, index: IntArray) -> IntArray:
+        """[len(index)] rows of `embeddings_CD` of some positions of a query's sequence."""
+        return self._starts[query] + np.searchsorted(self._index[query], index)
 
 
 def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> Iterator[_State]:
@@ -194,7 +201,7 @@ def _batches(current: DenoisingPass, states: Sequence[_State]) -> Iterator[list[
 
 
 def _predict(
-    current: DenoisingPass, states: Sequence[_State], soft: Sequence[_SoftWrites | None]
+    current: DenoisingPass, states: Sequence[_State], soft: _SoftWrites
 ) -> Iterator[Prospect]:
     """One pass over some states."""
     model = current.model
@@ -264,22 +271,23 @@ def _write_softly(
     x_TD: Tensor,
     layout: RowLayout,
     states: Sequence[_State],
-    soft: Sequence[_SoftWrites | None],
+    soft: _SoftWrites,
 ) -> Tensor:
     """[T, D] the rows' embeddings with the soft writes in their places."""
-    rows, embeddings = [], []
+    rows, places = [], []
     for n, state in enumerate(states):
-        writes = soft[state.query]
-        if writes is None:
+        if not len(state.written):
             continue
         order = layout.row_positions[n]
         place = np.empty(len(state.rows.tokens), np.int64)
         place[order] = layout.live_starts[n] + np.arange(len(order))
         positions = current.sequences[state.sequence].logit_positions[state.written]
         rows.append(place[positions])
-        embeddings.append(writes.of(state.written))
+        places.append(soft.places(state.query, state.written))
     if not rows:
         return x_TD
+    assert soft.embeddings_CD is not None
+    written, read = to_device([np.concatenate(rows), np.concatenate(places)], x_TD.device)
     x = x_TD.clone()
-    x[torch.from_numpy(np.concatenate(rows)).to(x.device)] = torch.cat(embeddings).to(x.dtype)
+    x[written] = soft.embeddings_CD[read].to(x.dtype)
     return x

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.transfer import to_device
 from boe_vllm.models.functional import accurate
 from boe_vllm.steering.guidance import Place
 from boe_vllm.steering.hypothetical import Revealed
@@ -67,28 +68,37 @@ class Responses:
             slice(end - len(member.candidates), end)
             for end, member in zip(ends, members, strict=True)
         ]
+        linear = [n for n, member in enumerate(members) if member.rule == "kv"]
+        others = [n for n in range(len(members)) if n not in linear]
+        rows = [current.saved_rows(members[n].place, members[n].candidates) for n in linear]
+        places = [np.arange(self.spans[n].start, self.spans[n].stop) for n in linear]
+        joined = [np.concatenate([np.empty(0, np.int64), *x]) for x in (rows, places)]
+        columns = [members[n].candidates for n in others]
+        moved = to_device([*joined, *columns], current.device)
+        self.linear = moved[:2] if linear else None
+        """[c] saved rows of all candidates whose rule is "kv", and their places among all."""
+        # A sequence's keys begin with its masked rows, and so do its saved rows.
+        self.columns = dict(zip(others, moved[2:], strict=True))
+        """[c] the candidates of each other member among its saved rows, and among its key rows."""
         dtype = torch.promote_types(current.log_probs.hidden_RD.dtype, torch.float32)
         self.drops_C = torch.zeros(int(ends[-1]), dtype=dtype, device=current.device)
         """[C] over all layers so far and, under tensor parallelism, all heads; nats."""
 
     def __call__(self, layer: int, dmixed_AHP: Tensor, dk_AGP: Tensor, dv_AGP: Tensor) -> None:
         """One layer's gradients."""
-        for member, span in zip(self.members, self.spans, strict=True):
-            if member.rule == "kv":
-                drop = self._linear(layer, member, span, dk_AGP, dv_AGP)
-            else:
-                drop = self._response(layer, member, span, dmixed_AHP)
-            self.drops_C[span] += drop
+        if self.linear is not None:
+            rows, places = self.linear
+            keys = accurate(dk_AGP[rows]) * accurate(self.changes.keys[layer][places])
+            values = accurate(dv_AGP[rows]) * accurate(self.changes.values[layer][places])
+            rises = self.current.model.sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
+            self.drops_C[places] -= rises
+        for n, columns in self.columns.items():
+            drop = self._response(layer, self.members[n], columns, self.spans[n], dmixed_AHP)
+            self.drops_C[self.spans[n]] += drop
 
-    def _linear(
-        self, layer: int, member: Watched, span: slice, dk_AGP: Tensor, dv_AGP: Tensor
+    def _response(
+        self, layer: int, member: Watched, columns: Tensor, span: slice, dmixed_AHP: Tensor
     ) -> Tensor:
-        rows = self._saved_rows(member)
-        keys = accurate(dk_AGP[rows]) * accurate(self.changes.keys[layer][span])
-        values = accurate(dv_AGP[rows]) * accurate(self.changes.values[layer][span])
-        return -self.current.model.sum_over_ranks(keys.sum((1, 2)) + values.sum((1, 2)))
-
-    def _response(self, layer: int, member: Watched, span: slice, dmixed_AHP: Tensor) -> Tensor:
         current = self.current
         assert current.saved is not None
         layout, saved = current.layout.attention, current.saved.layers[layer]
@@ -106,8 +116,6 @@ class Responses:
                 self.changes.values[layer][span],
             )
         )
-        # A sequence's keys begin with its masked rows, and so do its saved rows.
-        columns = torch.from_numpy(member.candidates).to(current.device)
         scale = current.model.layers[layer].scale
         p_Has = ((q_HaP @ k_HsP.mT) * scale).softmax(-1)
         own_Ha1 = (do_HaP * (p_Has @ v_HsP)).sum(-1, keepdim=True)
@@ -122,7 +130,3 @@ class Responses:
         if member.rule == "rectified":
             drop_ac = drop_ac.clamp_(min=0)
         return drop_ac.sum(0)
-
-    def _saved_rows(self, member: Watched) -> Tensor:
-        rows = self.current.saved_rows(member.place, member.candidates)
-        return torch.from_numpy(rows).to(self.current.device)

@@ -106,6 +106,7 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
         return params
     config = processor.vllm_config
     _refuse_what_would_be_ignored(params)
+    check_transport(params)
     own = params.clone()
     _process_as_vllm_will(own, len(token_ids), processor)
     resolved = _resolve(token_ids, own, config)

@@ -5,6 +5,7 @@ import torch
 
 from boe_vllm.attention import overlay
 from boe_vllm.attention.overlay import Overlay, group_overlays, overlay_attention
+from boe_vllm.base.transfer import Transfer
 
 HEADS, SIZE, SCALE = 4, 8, 8**-0.5
 
@@ -20,7 +21,7 @@ def random_overlays(seed, kv_heads, dtype, shapes):
     for length, many, each in shapes:
         columns = [torch.randperm(length, generator=rng)[:each] for _ in range(many)]
         columns_Nm = torch.stack(columns) if many else torch.empty(0, each, dtype=torch.long)
-        overlays.append(Overlay(kv_start=start, kv_len=length, columns_Nm=columns_Nm))
+        overlays.append(Overlay(kv_start=start, kv_len=length, columns_Nm=columns_Nm.numpy()))
         start += length
     rows = sum(states.rows for states in overlays)
     inputs = [draw(rows, HEADS), draw(rows, kv_heads), draw(rows, kv_heads)]
@@ -32,7 +33,7 @@ def attend(overlays, inputs):
         overlays,
         heads=HEADS,
         row_elements=inputs[3][0].numel(),
-        device=torch.device("cpu"),
+        transfer=Transfer(torch.device("cpu")),
     )
     return overlay_attention(*inputs, groups=groups, scale=SCALE)
 

@@ -28,7 +28,7 @@ def run(model, fields, *, cache_rows=400, count=3, **changes):  # noqa: F811
     [
         {},
         {"policy": "boe"},
-        {"policy": "boe", "surrogate": "mask"},
+        {"policy": "boe", "surrogate": "kv"},
         {"policy": "boe", "surrogate": "inject"},
     ],
     ids=lambda f: "-".join(f.values()) or "confidence",
@@ -40,9 +40,18 @@ def test_refreshed_every_step_equals_no_cache(model, cache, fields):  # noqa: F8
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("policy", ["confidence", "boe"])
-def test_a_cached_request_is_the_same_alone_and_beside_others(model, cache, policy):  # noqa: F811
-    fields = {"cache": cache, "policy": policy}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"policy": "confidence"},
+        {"policy": "boe"},
+        {"policy": "boe", "preset": "prototype"},
+        {"policy": "joint"},
+    ],
+    ids=lambda f: "-".join(f.values()),
+)
+def test_a_cached_request_is_the_same_alone_and_beside_others(model, cache, fields):  # noqa: F811
+    fields = fields | {"cache": cache}
     want, _ = run(model, fields, count=1)
     got, _ = run(model, fields, count=3)
     assert got["0"] == want["0"]

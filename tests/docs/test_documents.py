@@ -1,5 +1,6 @@
 """Every command of the documents is run by a test or by CI, or said to be unverified there."""
 
+import ast
 import json
 import os
 import re
@@ -11,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 
 import boe_vllm
 
@@ -24,8 +24,11 @@ BIN = Path(sys.executable).parent
 PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:make|vllm|python|boe-vllm|lm_eval|pip|git|cd) \S"
 MARK = re.compile(r"unverified|needs a GPU", re.IGNORECASE)
 
+PLUGIN = "tests/vllm_plugin"
+HERE = "tests/docs/test_documents.py"
+BENCHMARK = "(throughput|steering|attention|scaling|memory|overhead)"
 RUN_BY = {
-    r"make (setup|test|wheel)": ".ci/run::make test",
+    r"make (setup|test|wheel|lint)": ".ci/run::make test",
     r"make demo": "scripts/check_wheel.sh::offline.py --items",
     r"pip install '?(boe-vllm\[|\.)": "Makefile::pip install --quiet --editable",
     r"pip install \.": "tests/docs/test_extending.py::test_a_policy_in_one_file",
@@ -33,27 +36,40 @@ RUN_BY = {
     r"vllm serve$": "tests/server.py::serve",
     r'vllm serve "\$\(python -c .*tiny_model_path': "tests/server.py::tiny_model_path",
     r"vllm serve MODEL --sampler boe": "tests/lab/test_lm_eval.py::server",
+    r"vllm bench throughput": f"{HERE}::test_vllms_throughput_benchmark_runs",
+    r"vllm bench serve": f"{HERE}::test_vllms_serving_benchmark_runs",
     r"lm_eval run --model vllm": "tests/lab/test_lm_eval.py::test_its_vllm_model",
     r"lm_eval run --model local-completions": "tests/lab/test_lm_eval.py::test_a_request_chooses",
-    r"python examples/client.py": "tests/vllm_plugin/test_server.py::test_the_client_example_runs",
-    r".*python examples/soak.py": "tests/docs/test_documents.py::test_the_soak_runs",
-    r"python examples/train_scorer.py": "tests/docs/test_documents.py::test_the_tables_commands_run",
-    r"boe-vllm eval --model tiny --(table|figure)": "tests/docs/test_documents.py::test_the_tables",
-    r"boe-vllm eval --model tiny --tasks": "tests/lab/test_eval_run.py::test_a_run_writes_every_item",
-    r"python -m boe_vllm\.eval": "tests/lab/test_eval_run.py::test_a_run_writes_every_item",
-    r"python -m boe_vllm\.bench (throughput|steering|attention|scaling|memory|overhead)": (
-        "tests/lab/test_bench.py::test_throughput_ends"
+    r"python examples/client.py": f"{PLUGIN}/test_server.py::test_the_client_example_runs",
+    r"python examples/throughput.py": f"{HERE}::test_the_throughput_example_runs",
+    r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",
+    r"python examples/train_scorer.py": f"{HERE}::test_the_tables_commands_run",
+    r"boe-vllm eval --model tiny --(table|figure)": f"{HERE}::test_the_tables",
+    r"boe-vllm eval (--model tiny )?--contest": (
+        "tests/lab/test_sweep.py::test_a_contest_is_run_once"
+    ),
+    r"boe-vllm eval --model tiny --tasks": (
+        "tests/lab/test_eval_run.py::test_a_run_writes_every_item"
+    ),
+    r"boe-vllm eval$": "tests/lab/test_eval_run.py::test_a_run_writes_every_item",
+    r"python -m boe_vllm\.lab\.eval": "tests/lab/test_eval_run.py::test_a_run_writes_every_item",
+    rf"python -m boe_vllm\.lab\.bench {BENCHMARK}": "tests/lab/test_bench.py::test_throughput_ends",
+    r"python -m boe_vllm\.lab\.bench fidelity": (
+        "tests/steering/test_fidelity.py::test_fidelity_ends"
     ),
     r"boe-vllm bench predict": "tests/lab/test_predict.py::test_predict_prints_passes",
     r"python scripts/gpu_check.py": "tests/lab/test_gpu_check.py::test_everything_is_ok",
     r"boe-vllm bench": "tests/lab/test_bench.py::test_throughput_ends",
-    r"python -m boe_vllm\.bench policies": "tests/lab/test_contests.py::test_policies_run_once",
-    r"python -m boe_vllm\.bench fidelity": "tests/steering/test_fidelity.py::test_fidelity_ends",
+    r"boe-vllm fields": "tests/docs/test_reference.py::test_the_document_is_what",
     r"boe-vllm watch": "tests/lab/test_pictures.py::test_watch_prints_the_end_plainly",
     r"boe-vllm plot": "tests/lab/test_pictures.py::test_curves_have_a_line_per_policy",
-    r"BOE_VLLM_FUZZ_CASES=.* tests/vllm_plugin/test_fuzz.py": "tests/vllm_plugin/test_fuzz.py::test_any_request",
-    r"BOE_VLLM_SCHEMA_EXAMPLES=.* tests/vllm_plugin/test_schema.py": "tests/vllm_plugin/test_schema.py::test_no_request",
-    r"cd vllm && git apply": "tests/vllm_plugin/test_patches.py::test_a_patch_applies",
+    r"BOE_VLLM_FUZZ_CASES=.* tests/vllm_plugin/test_fuzz.py": (
+        f"{PLUGIN}/test_fuzz.py::test_any_request"
+    ),
+    r"BOE_VLLM_SCHEMA_EXAMPLES=.* tests/vllm_plugin/test_schema.py": (
+        f"{PLUGIN}/test_schema.py::test_no_request"
+    ),
+    r"cd vllm && git apply": f"{PLUGIN}/test_patches.py::test_a_patch_applies",
 }
 """What begins like a command of a document -> the file that runs it, and its words there."""
 
@@ -145,6 +161,38 @@ def test_the_soak_runs(shared_server):
     assert result["ok"] and result["answered"] > 0 and not any(result["failures"].values())
 
 
+@pytest.mark.slow
+def test_the_throughput_example_runs():
+    short = ["--requests", "4", "--rounds", "1", "--policy", "boe:rho=0.5"]
+    printed = run([sys.executable, "examples/throughput.py", *short])
+    result = json.loads(printed.splitlines()[-1])
+    ours, loop = result["contestants"]
+    assert result["tokens"] == 4 * 36 and loop["name"] == "loop on tiny"
+    assert result["ratio"] == pytest.approx(ours["tokens_per_second"] / loop["tokens_per_second"])
+    assert loop["forwards"] == 36 / 4 and loop["backwards"] == 0 < ours["rows_forward"]
+
+
+RANDOM = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "32"]
+
+
+@pytest.mark.slow
+def test_vllms_throughput_benchmark_runs():
+    command = [str(BIN / "vllm"), "bench", "throughput", "--model", boe_vllm.tiny_model_path()]
+    command += ["--sampler", "boe", "--sampler-config", '{"tokens_per_step": 4}']
+    printed = run([*command, *RANDOM, "--num-prompts", "4", "--max-model-len", "128"])
+    assert "Throughput: " in printed and "Total num output tokens:  128" in printed
+
+
+@pytest.mark.slow
+def test_vllms_serving_benchmark_runs(shared_server):
+    command = [str(BIN / "vllm"), "bench", "serve", "--model", shared_server.model]
+    command += ["--base-url", str(shared_server), "--ignore-eos", "--num-prompts", "4"]
+    fields = {"vllm_xargs": {"policy": "boe", "tokens_per_step": 4}}
+    printed = run([*command, *RANDOM, "--extra-body", json.dumps(fields)])
+    assert re.search(r"Successful requests: +4\b", printed)
+    assert re.search(r"Total generated tokens: +128\b", printed)
+
+
 def snippet(words: str) -> str:
     """The indented piece of Python in the README that contains some words."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -154,17 +202,23 @@ def snippet(words: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_readmes_request_runs(shared_server):
-    client = OpenAI(base_url=f"{shared_server}/v1", api_key="unused")
-    names = {"client": client, "model": boe_vllm.tiny_model_path(), "prompt": "A:1+2="}
-    answer = eval(snippet("client.completions.create(").strip(), names)
-    said = (ROOT / "README.md").read_text(encoding="utf-8").partition("finds what it has cost")[2]
-    report = answer.kv_transfer_params["boe"]
-    assert set(report) - {"policy"} <= set(re.findall(r"`(\w+)`", said.partition("##")[0]))
+def test_the_readmes_request_runs(shared_server, capsys):
+    code = snippet("client.completions.create(")
+    exec(code.replace("http://localhost:8000", str(shared_server)), {})
+    serving = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", serving.partition("has cost")[2].partition("##")[0]))
+    printed = capsys.readouterr().out
+    report = ast.literal_eval(printed[printed.index("{") :])
+    assert {"backwards", "rows_forward"} <= set(report) <= told
 
 
 @pytest.mark.slow
 def test_the_readmes_offline_snippet_runs():
-    code = "prompts = ['A:1+2=']\n" + snippet("outputs = llm.generate(prompts")
-    printed = run([sys.executable, "-c", code + "\nprint(len(outputs), 'answer')"])
-    assert "1 answer\n" in printed
+    code = snippet("outputs = llm.generate(")
+    printed = run([sys.executable, "-c", code + "\nprint(len(outputs), 'answers')"])
+    assert "2 answers\n" in printed
+
+
+def test_the_readmes_notebook_snippet_runs(capsys):
+    exec(snippet("d = Denoiser.from_pretrained("), {})
+    assert re.match(r"[1-4]{16} \{'denoising_steps': 4, ", capsys.readouterr().out)

@@ -8,8 +8,6 @@ from oracle import Dense, random_weights, small_config
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
 
-CPU = torch.device("cpu")
-
 
 def load(config, weights, dtype=torch.float32):
     model = random_model(config, dtype=dtype)
@@ -29,8 +27,8 @@ def sequences_of(config, lens, *, seed=0, keep="none"):
     return made
 
 
-def packed_logits(model, sequences):
-    layout = pack(sequences, CPU)
+def packed_logits(model, sequences, device="cpu"):
+    layout = pack(sequences, torch.device(device))
     hidden, _ = model.run(model.embed(layout.tokens), layout)
     return model.logits(hidden), layout
 
@@ -76,6 +74,25 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(dtype, width):
         alone, _ = packed_logits(model, [rows])
         start = layout.logit_starts[n]
         assert torch.equal(together[start : start + len(alone)], alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_cuda_too_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
+    sizes = {"d_model": 512, "n_heads": 8, "n_kv_heads": 2, "mlp_hidden_size": 1536}
+    config = small_config(**sizes, vocab_size=250, embedding_size=256)
+    weights = random_weights(config)
+    model = load(config, weights, dtype).cuda()
+    sequences = sequences_of(config, [5, 64, 1, 33, 700, 2, 17], keep="masked")
+    together, layout = packed_logits(model, sequences, "cuda")
+    assert together.dtype == torch.float32
+    for n, rows in enumerate(sequences):
+        alone, _ = packed_logits(model, [rows], "cuda")
+        start = layout.logit_starts[n]
+        assert torch.equal(together[start : start + len(alone)], alone)
+    on_cpu, _ = packed_logits(load(config, weights), sequences)
+    assert (together.cpu() - on_cpu).abs().max() < 0.05 * on_cpu.abs().max()
 
 
 def test_a_neighbour_leaks_nothing():

@@ -114,13 +114,13 @@ def test_a_request_that_names_a_file_is_refused_at_admission():
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    from boe_vllm.vllm_plugin.admission import check, plan_request
+    from boe_vllm.vllm_plugin.admission import admit
 
     sampler = {"sampler": "entropy", "sampler_config": {"frequencies": TABLE}}
     server = engine_config(additional_config=sampler)
     asked = SamplingParams(max_tokens=4, extra_args={"policy": "pc", "alpha": "3"})
-    settings = plan_request(2, asked, server)[0].settings
+    settings = admit([1, 2], asked.clone(), server).config.settings
     assert (settings.frequencies, settings.alpha) == (TABLE, 3.0)
     asked.extra_args["frequencies"] = "/etc/passwd"
     with pytest.raises(VLLMValidationError, match=r"frequencies: expected in the server's own"):
-        check([1, 2], asked, server)
+        admit([1, 2], asked, server)

@@ -10,7 +10,7 @@ from test_policies import make_view, policy_of, run
 
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
-from boe_vllm.models.standalone import build
+from boe_vllm.models.build import random_model
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.steering.chain import Conditional, Conditioned
@@ -78,7 +78,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def tiny():
     config, weights = slow_decoding.bundled()
-    model = build(config)
+    model = random_model(config)
     model.load_weights({name: weight.float() for name, weight in weights.items()}.items())
     return model
 

@@ -58,6 +58,19 @@ def test_every_name_loads_its_policy():
         assert load_policy(name).name == name
 
 
+def test_every_policy_describes_itself():
+    """A reader of the reference learns from the settings what the policy does."""
+    texts = set()
+    for name in sorted(POLICY_NAMES):
+        policy = load_policy(name)
+        text = vars(policy.Config)["__doc__"]
+        texts.add(text)
+        first = " ".join(text.split("\n\n")[0].split())
+        assert first.endswith(".") and len(first) < 120
+        assert policy.source and "forward" in policy.passes
+    assert len(texts) == len(POLICY_NAMES)
+
+
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match=r"unknown policy 'x'; expected one of \["):
         load_policy("x")

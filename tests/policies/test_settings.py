@@ -143,7 +143,7 @@ def test_no_field_turns_another_algorithm_on(name, field):
     assert len(commit.chosen) >= 1
 
 
-@pytest.mark.parametrize("value", [0, -1, 1e7, "x", True, None, [1]])
+@pytest.mark.parametrize("value", [0, -1, 1e7, "x", float("nan"), None, [1]])
 def test_a_bad_gain_scale_is_one_error(value):
     with pytest.raises(
         ValueError, match=r"^gain_scale: expected a number above 0 and at most"

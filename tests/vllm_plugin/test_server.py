@@ -142,6 +142,16 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, name, stream):
         ({"vllm_xargs": {"choices": ["1", "2"]}, "logprobs": 1}, "logprobs"),
         ({"vllm_xargs": {"canvas_template": ["no mask"]}}, "canvas_template"),
         ({"vllm_xargs": {"steps": 10**9}}, "steps"),
+        ({"allowed_token_ids": [264]}, "allowed_token_ids"),
+        ({"vllm_xargs": {"canvas_template": "[" * 100_000}}, "canvas_template"),
+        ({"vllm_xargs": {"choices": '{"a":' * 500 + "1" + "}" * 500}}, "choices"),
+        ({"vllm_xargs": {"canvas_template": "[" + "9" * 5000 + "]"}}, "canvas_template"),
+        ({"vllm_xargs": {"canvas_template": '["x", {"y": 1}]'}}, "piece 1: expected text"),
+        ({"vllm_xargs": {"boe_vllm": "{}"}}, "unknown field 'boe_vllm'"),
+        ({"min_tokens": 8, "vllm_xargs": {"gen_length": 4}}, "min_tokens"),
+        ({"min_tokens": 2, "vllm_xargs": {"choices": '["1"]'}}, "min_tokens"),
+        ({"priority": 10**30}, "priority"),
+        ({"logprobs": 10**6}, "logprobs"),
     ],
     ids=lambda v: str(v)[:24],
 )
@@ -149,7 +159,48 @@ def test_a_bad_request_is_a_400(url, body, message):
     full = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 8, "temperature": 0} | body
     answer = httpx.post(f"{url}/v1/completions", json=full, timeout=60)
     assert answer.status_code == 400, answer.text
-    assert re.search(message, answer.text)
+    assert re.search(message, answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_min_tokens_that_the_canvas_cannot_hold_is_a_400_and_the_engine_lives(
+    url, client, stream
+):
+    """It once ended the engine's input thread, and with it every later request."""
+    for fields, body in (
+        ({"canvas_template": '["abc", 2]'}, {"max_tokens": 16, "min_tokens": 10}),
+        ({"canvas_template": '["abc", 2]'}, {"max_tokens": 16, "min_tokens": 6, "n": 2}),
+        ({"gen_length": 8}, {"max_tokens": 16, "min_tokens": 9}),
+    ):
+        body = {"model": MODEL, "prompt": "x", "stream": stream, "vllm_xargs": fields} | body
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "min_tokens"
+        assert query(client, max_tokens=4).choices[0].finish_reason in ("stop", "length")
+    for name, value in (("rho", 2), ("nope", 1), ("canvas_template", "[0]"), ("steps", "x")):
+        body = {"model": MODEL, "prompt": "x", "stream": stream, "vllm_xargs": {name: value}}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+def test_a_chat_without_max_tokens_has_the_servers_default(client):
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "A:1+2="}],
+        temperature=0.0,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"policy": "threshold"}},
+    )
+    assert answer.usage.completion_tokens == 256
+
+
+def test_a_refused_echo_is_named(client):
+    with pytest.raises(BadRequestError, match="echo"):
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "A:1+2="}],
+            max_tokens=4,
+            extra_body={"echo": True},
+        )
 
 
 DIGITS = {str(d): 48 + d for d in range(10)}
@@ -209,6 +260,12 @@ def test_a_template_holds(client):
     for policy in ("boe", "confidence"):
         text = query(client, fields=fields | {"policy": policy}, max_tokens=1).choices[0].text
         assert text[:2] == "x=" and text[4:7] == ";y=" and text[10:] == "."
+
+
+def test_nothing_ends_a_request_within_its_given_text(client):
+    for body in ({"stop_token_ids": [61]}, {"stop": ["="]}, {"stop": ["a=", "c"]}):
+        answer = query(client, fields={"canvas_template": '["a=c", 2]'}, extra=WHOLE | body)
+        assert answer.choices[0].text.startswith("a=c")
 
 
 def test_one_of_the_answers_is_chosen(client):
@@ -325,9 +382,7 @@ def test_gauges_say_what_runs_now(url, client):
     assert during["vllm:num_requests_running",] == 1
     assert during["boe:active_requests", ("policy", "confidence")] == 1
     assert 0 < during["boe:cache_rows_used",] <= during["boe:cache_rows",]
-    query(client, max_tokens=1)
-    query(client, max_tokens=1)
-    after = scrape(url)
+    after = scrape(url)  # at once: no later step has to say that nothing runs
     assert (
         after["boe:cache_rows_used",] == after["boe:active_requests", ("policy", "confidence")] == 0
     )

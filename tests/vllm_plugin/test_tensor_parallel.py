@@ -13,9 +13,9 @@ FIELDS = [
     {"policy": "boe", "surrogate": "mask"},
     {"policy": "boe", "surrogate": "inject"},
     {"policy": "boe", "surrogate": "inject", "context": "exact"},
-    {"policy": "boe", "preset": "joint"},
-    {"policy": "boe", "preset": "pairwise", "coupling": "exact"},
-    {"policy": "boe", "preset": "pairwise", "coupling": "attention"},
+    {"policy": "joint"},
+    {"policy": "pairwise", "coupling": "exact"},
+    {"policy": "pairwise", "coupling": "attention"},
     {"policy": "boe", "cache": "dual"},
 ]
 
