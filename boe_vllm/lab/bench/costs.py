@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from boe_vllm.lab.bench.ceilings import Ceilings
-from boe_vllm.lab.bench.launches import Footprint
+from boe_vllm.lab.bench.launches import Code, Footprint
 from boe_vllm.lab.bench.passes import THROUGH_LAYERS, Pass, Step
 from boe_vllm.models.llada import LLaDAConfig
 
@@ -135,7 +135,7 @@ def predict(
     step: Step,
     network: Network,
     ceilings: Ceilings,
-    code: Mapping[str, Footprint],
+    code: Code,
     *,
     launches: Sequence[float] | None = None,
     copies: Sequence[float] | None = None,
@@ -167,7 +167,7 @@ def predict(
     return Prediction(seconds=seconds, busy=busy, terms=total)
 
 
-def round_launches(passes: Sequence[Pass], network: Network, code: Mapping[str, Footprint]) -> int:
+def round_launches(passes: Sequence[Pass], network: Network, code: Code) -> int:
     """Kernels that a round launches."""
     return sum(code[p.kind].once + code[p.kind].layer * network.layers for p in passes)
 

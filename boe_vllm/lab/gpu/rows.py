@@ -6,6 +6,7 @@ same bits in both: in products with the weights, and in what reduces along a row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -46,7 +47,7 @@ def check_products(report: Report, device: torch.device, *, small: bool) -> None
                     weight = weight.to(dtype)
                     matrix = weight.t() if way == "forward" else weight
                     x = torch.randn(most, len(matrix), device=device, generator=generator)
-                    depends = _depends(lambda x, w=matrix: matmul_rows(x, w), x.to(dtype))
+                    depends = _depends(functools.partial(_product, matrix), x.to(dtype))
                     report.line("products", ok=not depends, **subject, depends_at_rows=depends)
 
 
@@ -88,6 +89,10 @@ def check_functions(report: Report, device: torch.device, *, small: bool) -> Non
                 error=found,
                 depends_at_rows=depends,
             )
+
+
+def _product(weight_DE: Tensor, x_ND: Tensor) -> Tensor:
+    return matmul_rows(x_ND, weight_DE)
 
 
 def _depends(function: Callable[[Tensor], Tensor], x_ND: Tensor) -> list[int]:
