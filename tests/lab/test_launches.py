@@ -14,7 +14,7 @@ from boe_vllm.lab.bench.passes import Recorder
 from boe_vllm.lab.bench.scenarios import STEPS
 
 DEPTHS = (2, 4)
-REQUESTS = 1
+REQUESTS = 8
 MEASURED = ("confidence", "joint", "boe paper", "boe kv")
 
 
