@@ -7,7 +7,8 @@ begin with a device guard that a build for the CPU does not have for CUDA.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,8 +17,12 @@ import torch
 
 from boe_vllm.attention import xformers
 from boe_vllm.attention.api import explain_auto
+from boe_vllm.models import fused, products
 
 aten = torch.ops.aten
+
+ROWS_ALIKE = products.RowRange(fewest=64, most=4096)
+"""Between how many rows the pretended library's products treat all alike: most of an H200's."""
 _tensor = torch.tensor
 
 
@@ -63,11 +68,18 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def without_cuda_library() -> Iterator[None]:
-    """Replace the functions that ask for it; xformers, which needs it, is said not to run."""
+def without_cuda_library(launch: Callable[..., Any]) -> Iterator[None]:
+    """Replace the functions that ask for it; xformers, which needs it, is said not to run.
+
+    Args:
+        launch: runs a function, which torch would compile, as one kernel.
+    """
     torch._C._ensureCUDADeviceGuardSet()
-    explain_auto.cache_clear()
+    _forget_machine()
     with (
+        mock.patch("torch.compile", lambda piece, **_: functools.partial(launch, piece)),
+        mock.patch.object(fused, "_KNOWN", _Everything()),
+        mock.patch.object(products, "_cuda_range", lambda *_: ROWS_ALIKE),
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.current_device", lambda: 0),
         mock.patch("torch.tensor", tensor),
@@ -75,7 +87,20 @@ def without_cuda_library() -> Iterator[None]:
         mock.patch.object(xformers, "refusal", lambda *_: "the device is pretended"),
     ):
         yield
+    _forget_machine()
+
+
+class _Everything:
+    """A set of what has been compiled already."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def _forget_machine() -> None:
+    """What has been found out about this machine's CUDA, or the pretended one's."""
     explain_auto.cache_clear()
+    fused._compiled.cache_clear()
 
 
 def _view(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
