@@ -211,17 +211,8 @@ class Denoiser:
         ends: Collection[int],
         stop: Sequence[str],
     ) -> tuple[list[int], str, str]:
-        """What has been written of an answer, cut where the engine would end the request.
-
-        Args:
-            request: what is decoded.
-            sent: tokens so far, from the start of the canvas.
-            ends: tokens that end it.
-            stop: strings that end it.
-
-        Returns:
-            Its tokens, its text, and "stop" if it ends there, else "length".
-        """
+        """The tokens `sent` so far and their text, cut where the engine would end the request: at
+        one of the tokens `ends` or the strings `stop`; and "stop" if it is there, else "length"."""
         tokens, reason = list(sent[: request.max_tokens]), "length"
         # Nothing ends a request before the last text of its template.
         end = next((n for n, t in enumerate(tokens) if t in ends and n >= request.text_end), None)

@@ -30,6 +30,7 @@ _FIRST = re.compile(
 )
 _AFTER_A_COMMA = re.compile(r", (nats|MiB|seconds)\b")
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_BEYOND_WORDS = 2**53  # bounds of a machine's integers, which say nothing to a reader
 _LENGTHS = {"min_length": "at least", "max_length": "at most"}
 _PLAIN = {
     bool: "true or false",
@@ -239,7 +240,8 @@ def _in_words(metadata: list[Any]) -> str:
     text = ""
     for entry in metadata:
         for name, words in _BOUNDS.items():
-            if (bound := getattr(entry, name, None)) is not None:
+            bound = getattr(entry, name, None)
+            if bound is not None and abs(bound) < _BEYOND_WORDS:
                 text += f", {words} {bound:,.9g}"
         for name, words in _LENGTHS.items():
             if (bound := getattr(entry, name, None)) is not None:

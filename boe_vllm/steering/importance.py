@@ -274,11 +274,8 @@ def _objective_gradient(current: DenoisingPass, members: Sequence[Member], named
     """[A, D] gradient of the summed entropies at the saved rows' final hidden states."""
     log_probs, weights = current.log_probs, _weights(members)
     rows = np.concatenate([current.logit_rows(m.source, m.query.objective) for m in members])
-    dhidden = torch.zeros(
-        (sum(current.layout.saved_lens), log_probs.hidden_RD.shape[1]),
-        dtype=log_probs.hidden_RD.dtype,
-        device=current.device,
-    )
+    saved = sum(current.layout.saved_lens)
+    dhidden = log_probs.hidden_RD.new_zeros(saved, log_probs.hidden_RD.shape[1])
     for places, logp in log_probs.rows(rows):
         gradient = entropy_gradient(logp, log_probs.memory.gradient)
         if (weights[places] != 1).any():

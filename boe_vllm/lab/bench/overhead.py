@@ -22,6 +22,7 @@ from boe_vllm.lab.bench import common
 from boe_vllm.lab.bench.checkpoint import read_config
 from boe_vllm.lab.bench.engine import Engine, draw_workload
 from boe_vllm.lab.bench.machine import Environment, print_facts
+from boe_vllm.lab.bench.states import VARIANTS
 
 MODEL_PASSES = ("embed", "run", "backward", "logits", "logits_backward", "soft_embed")
 FUNCTIONS = (
@@ -30,9 +31,7 @@ FUNCTIONS = (
 )
 """Further calls that count as the network's, where they are looked up."""
 POLICIES: dict[str, dict[str, Any]] = {
-    "confidence": {"policy": "confidence"},
-    "mask": {"policy": "boe", "surrogate": "mask"},
-    "kv": {"policy": "boe", "surrogate": "kv"},
+    name: VARIANTS[name] for name in ("confidence", "mask", "kv")
 }
 
 

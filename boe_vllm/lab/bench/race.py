@@ -17,12 +17,13 @@ from boe_vllm.lab.bench.baseline import Decoded, PlainLLaDA
 from boe_vllm.lab.bench.checkpoint import Tensors
 from boe_vllm.lab.bench.engine import Engine, Generated, Workload
 from boe_vllm.lab.bench.flops import NetworkFlops
+from boe_vllm.lab.bench.states import VARIANTS
 from boe_vllm.models.llada import LLaDAConfig
 
 POLICIES: dict[str, dict[str, Any]] = {
     "confidence": {"policy": "confidence"},
-    "boe mask": {"policy": "boe", "surrogate": "mask"},
-    "boe kv": {"policy": "boe", "surrogate": "kv"},
+    "boe mask": VARIANTS["mask"],
+    "boe kv": VARIANTS["kv"],
 }
 CACHES = ("none", "prefix", "dual")
 BASELINE = "baseline"

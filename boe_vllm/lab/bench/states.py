@@ -28,16 +28,18 @@ from boe_vllm.request.resolved import ResolvedRequest
 
 DENSE = "dense"
 """The naive step of `bench.dense`, beside the variants."""
+RANKING: dict[str, Any] = {"policy": "boe", "preset": "kv"}
+"""The paper's ranking in every step with a choice, without a floor; a surrogate goes on top."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "confidence": {"policy": "confidence"},
-    "mask": {"policy": "boe", "surrogate": "mask"},
-    "mask, all": {"policy": "boe", "surrogate": "mask", "active": "all"},
-    "kv": {"policy": "boe", "surrogate": "kv"},
-    "kv, all": {"policy": "boe", "surrogate": "kv", "active": "all"},
-    "inject frozen": {"policy": "boe", "surrogate": "inject", "context": "frozen"},
-    "inject exact": {"policy": "boe", "surrogate": "inject", "context": "exact"},
+    "mask": {**RANKING, "surrogate": "mask"},
+    "mask, all": {**RANKING, "surrogate": "mask", "active": "all"},
+    "kv": {**RANKING, "surrogate": "kv"},
+    "kv, all": {**RANKING, "surrogate": "kv", "active": "all"},
+    "inject frozen": {**RANKING, "surrogate": "inject", "context": "frozen"},
+    "inject exact": {**RANKING, "surrogate": "inject", "context": "exact"},
     "inject exact, all": {
-        "policy": "boe",
+        **RANKING,
         "surrogate": "inject",
         "context": "exact",
         "active": "all",
