@@ -116,7 +116,8 @@ def device_terms(one: Pass, network: Network, ceilings: Ceilings, footprint: Foo
     products = network.layer_products if through else ((network.width, network.vocabulary),)
     terms = dict.fromkeys(TERMS, 0.0)
     for depth, width in products:
-        for name, value in product(one.rows, depth, width, ceilings).items():
+        rows = max(one.rows, footprint.filled[depth > network.width])
+        for name, value in product(rows, depth, width, ceilings).items():
             terms[name] += layers * value
     # Scores and weighted sums; a backward makes three products of each instead of one.
     attention = (
