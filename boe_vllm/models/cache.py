@@ -116,10 +116,10 @@ class CachedRows(KeyValueContext):
 
         some = [np.concatenate([_NO_ROWS, *rows]) for rows in (store, slots, read, source)]
         moved = to_device(some, layout.device)
-        self.store: Tensor | None = moved[0] if store else None
-        self.slots: Tensor | None = moved[1] if store else None
-        self.read: Tensor | None = moved[2] if read else None
-        self.source: Tensor | None = moved[3] if read else None
+        self.stores = (moved[0], moved[1]) if store else None
+        """Live rows that are stored, and where in the pool."""
+        self.reads = (moved[2], moved[3]) if read else None
+        """Where the stored rows lie in the pool, and the wanted order of [live | stored]."""
 
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is to be stored; return [live | stored] of every sequence."""
