@@ -126,7 +126,7 @@ class BoEConfig(CompositionConfig):
     """Whether the candidates' importance is rescaled to [0, 1] before the floor's penalty."""
     risk: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of ln p, the log-probability of the candidate's own token; 0 in the paper."""
-    gain_scale: GainScale = 1.0
+    gain_scale: GainScale = 0.1
     """Weight of the importance, above 0; "mean" divides it by the number of objective positions,
     which is Info-Gain's weighting."""
     sets: Literal["top", "chain"] = "chain"
