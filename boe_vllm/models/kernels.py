@@ -221,7 +221,8 @@ def _turn(
     part = tl.program_id(1)  # 0 queries, 1 keys, 2 values
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
-    is_q, is_k, is_v = part == 0, part == 1, part == 2
+    parts = part + tl.zeros((HEADS, PAIRS), tl.int32)
+    is_q, is_k, is_v = parts == 0, parts == 1, parts == 2
     in_q = (head < H) & (pair < HALF) & is_q
     in_k = (head < G) & (pair < HALF) & is_k
     in_v = (head < G) & (pair < HALF) & is_v
@@ -346,8 +347,8 @@ def _chosen_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(index_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index_ptr + row).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
     inside = column < W
     old, new = inside & (source < old_rows), inside & (source >= old_rows)
     at_old, at_new = source * W + column, (source - old_rows) * W + column
