@@ -280,7 +280,9 @@ def _swiglu(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr, EXACT: t
     up = tl.load(gate_up_ptr + row * (2 * F) + F + column, mask=inside, other=0.0)
     exact = gate.to(EXACT)
     activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
-    tl.store(out_ptr + row * F + column, (activated.to(EXACT) * up.to(EXACT)).to(gate.dtype), inside)
+    tl.store(
+        out_ptr + row * F + column, (activated.to(EXACT) * up.to(EXACT)).to(gate.dtype), inside
+    )
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
