@@ -67,7 +67,7 @@ class Block(nn.Module):
         if normed_ND.is_cuda:
             qkv = matmul_rows(normed_ND, weight, scratch)
             q, kv = split_rotated(qkv, rotary, self.heads, self.kv_heads)
-            return q, *kv.unbind()
+            return q, kv[0], kv[1]
         # Values need no turning: a product of their own puts them where they are wanted.
         turned = (self.heads + self.kv_heads) * self.head_size
         keys, values = out or (None, None)

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         rotary = rotary_tables(
             layout.positions, block.head_size, self.config.rope_theta, x_TD.dtype
         )
-        normed = self.norm_first(x_TD)
+        normed: Tensor | None = self.norm_first(x_TD)
         keep = any(layout.saved_lens)
         index_A = layout.saved_index
         saved = SavedPass(layout, rotary[:, index_A], []) if keep else None
@@ -106,6 +106,7 @@ class Decoder(nn.Module):
         if keep and memory and x_TD.device.type == "cpu":
             places = [*key_value_memory(x_TD, memory, **self.cache_shape())]
         for index, block in enumerate(self.layers):
+            assert normed is not None
             q, k, v = block.project(normed, rotary, self.scratch, places[index])
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)

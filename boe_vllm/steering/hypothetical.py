@@ -130,8 +130,10 @@ def run_partial(
     assert current.saved is not None
     model = current.model
     rotary = current.saved.rotary_2A1p[:, rows.saved.tensor]
-    x, normed, last = x_QD, model.norm_first(x_QD), len(model.layers) - 1
+    x, last = x_QD, len(model.layers) - 1
+    normed: Tensor | None = model.norm_first(x_QD)
     for index, (block, saved) in enumerate(zip(model.layers, current.saved.layers, strict=True)):
+        assert normed is not None
         q, k, v = block.project(normed, rotary)
         if observe is not None:
             observe(index, k, v)

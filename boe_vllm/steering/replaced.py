@@ -1,5 +1,7 @@
-"""Attention of hypothetical rows on a GPU: every state gets the keys and values of its sequence anew,
-its own rows' replaced, and all states are attended in one call for sequences of any lengths.
+"""Attention of hypothetical rows on a GPU: every state gets keys and values of its own.
+
+They are its sequence's, with those of the state's own rows replaced; all states are attended in one
+call for sequences of any lengths.
 
 A copy costs a GPU less than the many launches that do without (`attention.overlay`, for the CPU).
 Which rows are copied is the same in every layer.

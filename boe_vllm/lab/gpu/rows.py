@@ -131,8 +131,8 @@ def _functions(width: int, inner: int) -> Mapping[str, tuple[int, Callable[[Tens
         return torch.cat([q, *kv.unbind()], dim=1).flatten(1)
 
     def join_rotated_back(x: Tensor) -> Tensor:
-        parts = x.unflatten(1, (3, heads, -1)).unbind(1)
-        return functional.join_rotated_back(*parts, angles(x))
+        dq, dk, dv = x.unflatten(1, (3, heads, -1)).unbind(1)
+        return functional.join_rotated_back(dq, dk, dv, angles(x))
 
     def add_norm(x: Tensor) -> Tensor:
         rows, added = halves(x)
