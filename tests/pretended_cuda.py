@@ -190,7 +190,8 @@ class PretendedDevice(TorchDispatchMode):
             held_kwargs["pin_memory"] = False
         if _name(func) == "_pin_memory":
             return held_args[0].clone()
-        return pretended_attention.STAND_INS.get(func, func)(*held_args, **held_kwargs)
+        stand_ins = library.STAND_INS | pretended_attention.STAND_INS
+        return stand_ins.get(func, func)(*held_args, **held_kwargs)
 
     # ---- notes ---------------------------------------------------------------------------------
 

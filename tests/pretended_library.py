@@ -16,9 +16,23 @@ import torch
 
 from boe_vllm.attention import xformers
 from boe_vllm.attention.api import explain_auto
+from boe_vllm.models import products
 
 aten = torch.ops.aten
 _tensor = torch.tensor
+
+
+def _wide_product(
+    x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    """`torch.mm(x, y, out_dtype=dtype, out=out)`, which the CPU does not have."""
+    return torch.mm(x.to(dtype), y.to(dtype), out=out)
+
+
+STAND_INS = {aten.mm.dtype_out: _wide_product}
+
+_ALIKE = products.RowRange(64, None)
+"""What trying out products would find on a GPU; here it would be counted as part of a step."""
 
 
 def getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
@@ -73,6 +87,8 @@ def without_cuda_library() -> Iterator[None]:
         mock.patch("torch.tensor", tensor),
         mock.patch("torch.as_tensor", as_tensor),
         mock.patch.object(xformers, "refusal", lambda *_: "the device is pretended"),
+        mock.patch.object(products, "_cuda_ranges", {}),
+        mock.patch.object(products, "probe_range", lambda *_: _ALIKE),
     ):
         yield
     explain_auto.cache_clear()

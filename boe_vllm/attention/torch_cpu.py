@@ -94,16 +94,7 @@ def backward(
         x.split([active * heads for active in layout.active_seqlens])
         for x in (dk_packed, dv_packed)
     )
-    tiles = [
-        _tile_shape(a, s, heads=heads, group=group, itemsize=dtype.itemsize, tile_bytes=tile_bytes)
-        for a, s in zip(layout.active_seqlens, layout.kv_seqlens, strict=True)
-    ]
-    sizes = [h * r * group * s for (h, r), s in zip(tiles, layout.kv_seqlens, strict=True)]
-    # One pair of buffers for all tiles: fresh memory for each would cost more in page faults than
-    # the softmax does in arithmetic. Rounded up, so that the second one's alignment does not
-    # depend on the batch.
-    size = -(-max(sizes, default=0) // 64) * 64
-    buffers = q_AHP.new_empty((2, size), dtype=dtype).unbind()
+    tiles, buffers = _tiles(q_AHP, layout, heads=heads, dtype=dtype, tile_bytes=tile_bytes)
     for i, (tile_heads, tile_rows) in enumerate(tiles):
         if not layout.active_seqlens[i]:
             continue
@@ -126,6 +117,28 @@ def backward(
         _by_row(dk_packed, layout, heads, 1).to(q_AHP.dtype),
         _by_row(dv_packed, layout, heads, 1).to(q_AHP.dtype),
     )
+
+
+def _tiles(
+    q_AHP: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    heads: int,
+    dtype: torch.dtype,
+    tile_bytes: int,
+) -> tuple[list[tuple[int, int]], tuple[torch.Tensor, ...]]:
+    """Key heads and active rows per tile of each sequence, and two buffers that fit any tile."""
+    group = q_AHP.shape[1] // heads
+    tiles = [
+        _tile_shape(a, s, heads=heads, group=group, itemsize=dtype.itemsize, tile_bytes=tile_bytes)
+        for a, s in zip(layout.active_seqlens, layout.kv_seqlens, strict=True)
+    ]
+    sizes = [h * r * group * s for (h, r), s in zip(tiles, layout.kv_seqlens, strict=True)]
+    # One pair of buffers for all tiles: fresh memory for each would cost more in page faults than
+    # the softmax does in arithmetic. Rounded up, so that the second one's alignment does not
+    # depend on the batch.
+    size = -(-max(sizes, default=0) // 64) * 64
+    return tiles, q_AHP.new_empty((2, size), dtype=dtype).unbind()
 
 
 def _backward_heads(

@@ -16,9 +16,11 @@ from torch import nn
 from boe_vllm.attention import attention_backward
 from boe_vllm.models.functional import (
     Scratch,
-    rms_norm,
+    add_rms_norm_,
+    join_rotated_back,
     rms_norm_backward,
     rotate,
+    split_rotated,
     swiglu_,
     swiglu_backward,
 )
@@ -54,38 +56,48 @@ class Block(nn.Module):
 
     def project(
         self,
-        x_ND: Tensor,
+        normed_ND: Tensor,
         rotary: Tensor,
         scratch: Scratch | None = None,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [N, H, P], rotated keys and values [N, G, P], the latter two in `out` if
-        it is given."""
-        normed = rms_norm(x_ND, self.attn_norm, self.eps)
-        turned = (self.heads + self.kv_heads) * self.head_size
+        it is given, of the residual stream's norm by `attn_norm`."""
         weight = self.qkv_proj.weight.t()
+        if normed_ND.is_cuda:
+            qkv = matmul_rows(normed_ND, weight, scratch)
+            q, kv = split_rotated(qkv, rotary, self.heads, self.kv_heads)
+            return q, *kv.unbind()
+        # Values need no turning: a product of their own puts them where they are wanted.
+        turned = (self.heads + self.kv_heads) * self.head_size
         keys, values = out or (None, None)
-        qk = matmul_rows(normed, weight[:, :turned], scratch).view(len(x_ND), -1, self.head_size)
+        qk = matmul_rows(normed_ND, weight[:, :turned], scratch).unflatten(1, (-1, self.head_size))
         flat = None if values is None else values.flatten(1)
-        v = matmul_rows(normed, weight[:, turned:], out=flat).view(len(x_ND), -1, self.head_size)
+        v = matmul_rows(normed_ND, weight[:, turned:], out=flat).unflatten(1, (-1, self.head_size))
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return rotate(q, rotary), rotate(k, rotary, out=keys), v
 
-    def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> Tensor:
-        """The residual stream after attention, [N, D]."""
-        flat = mixed_NHP.reshape(len(x_ND), -1)
-        return self.sum_over_ranks(matmul_rows(flat, self.attn_out.weight.t())).add_(x_ND)
+    def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm for the MLP, [N, D] each."""
+        mixed = self.sum_over_ranks(matmul_rows(mixed_NHP.flatten(1), self.attn_out.weight.t()))
+        return add_rms_norm_(mixed, x_ND, self.ff_norm, self.eps)
 
     def feed(
-        self, x_ND: Tensor, saved_A: Tensor | None = None, scratch: Scratch | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after the MLP, [N, D], and the MLP's pre-activations of the rows
-        `saved_A`, [A, 2F], if they are given."""
-        normed = rms_norm(x_ND, self.ff_norm, self.eps)
-        gate_up = matmul_rows(normed, self.gate_up_proj.weight.t(), scratch)
+        self,
+        x_ND: Tensor,
+        normed_ND: Tensor,
+        then_D: Tensor | None,
+        saved_A: Tensor | None = None,
+        scratch: Scratch | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The residual stream after the MLP, [N, D]; its norm by the next block's `then_D`, if that
+        is given; and the MLP's pre-activations of the rows `saved_A`, [A, 2F], if they are."""
+        gate_up = matmul_rows(normed_ND, self.gate_up_proj.weight.t(), scratch)
         saved = None if saved_A is None else gate_up[saved_A]
         fed = self.sum_over_ranks(matmul_rows(swiglu_(gate_up), self.ff_out.weight.t()))
-        return fed.add_(x_ND), saved
+        if then_D is None:
+            return fed.add_(x_ND), None, saved
+        return *add_rms_norm_(fed, x_ND, then_D, self.eps), saved
 
     def backward(
         self,
@@ -93,19 +105,21 @@ class Block(nn.Module):
         saved: SavedLayer,
         layout: RowLayout,
         rotary: Tensor,
-        active_A11: Tensor,
+        active_A11: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the saved rows' input to the block [A, D], and of their attention outputs
         [A, H, P], keys and values [A, G, P].
 
-        `active_A11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0.
+        `active_A11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0;
+        None for all of them.
         """
         dgate_up = swiglu_backward(matmul_rows(dx_AD, self.ff_out.weight), saved.gate_up_A2F)
         dnormed = self.sum_over_ranks(matmul_rows(dgate_up, self.gate_up_proj.weight))
-        dx = rms_norm_backward(dnormed, saved.after_attention_AD, self.ff_norm, self.eps)
-        dx_AD = dx.add_(dx_AD)
+        after = saved.after_attention_AD
+        dx_AD = rms_norm_backward(dnormed, after, self.ff_norm, self.eps, dx_AD)
         dmixed = matmul_rows(dx_AD, self.attn_out.weight).view(len(dx_AD), -1, self.head_size)
-        dmixed.mul_(active_A11)
+        if active_A11 is not None:
+            dmixed.mul_(active_A11)
         dq, dk, dv = attention_backward(
             dmixed,
             saved.queries_AHP,
@@ -114,8 +128,7 @@ class Block(nn.Module):
             layout=layout.attention,
             scale=self.scale,
         )
-        dqk = rotate(torch.cat([dq, dk], dim=1), rotary, back=True)
-        dqkv = torch.cat([dqk, dv], dim=1).flatten(1)
+        dqkv = join_rotated_back(dq, dk, dv, rotary)
         dnormed = self.sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))
-        dx = rms_norm_backward(dnormed, saved.before_AD, self.attn_norm, self.eps)
-        return dx.add_(dx_AD), dmixed, dk, dv
+        dx_AD = rms_norm_backward(dnormed, saved.before_AD, self.attn_norm, self.eps, dx_AD)
+        return dx_AD, dmixed, dk, dv

@@ -116,18 +116,22 @@ class CachedRows(KeyValueContext):
 
         some = [np.concatenate([_NO_ROWS, *rows]) for rows in (store, slots, read, source)]
         moved = to_device(some, layout.device)
-        self.store, self.slots = moved[:2] if store else (None, None)
-        self.read, self.source = moved[2:] if read else (None, None)
+        self.stores = (moved[0], moved[1]) if store else None
+        """Live rows that are stored, and where in the pool."""
+        self.reads = (moved[2], moved[3]) if read else None
+        """Where the stored rows lie in the pool, and the wanted order of [live | stored]."""
 
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is to be stored; return [live | stored] of every sequence."""
         stored = self.pool.storage[layer]
-        if self.store is not None and self.slots is not None:
-            stored[0, self.slots] = keys_TGP[self.store]
-            stored[1, self.slots] = values_TGP[self.store]
-        if self.read is None or self.source is None:
+        if self.stores is not None:
+            rows, slots = self.stores
+            stored[0, slots] = keys_TGP[rows]
+            stored[1, slots] = values_TGP[rows]
+        if self.reads is None:
             return keys_TGP, values_TGP
+        slots, order = self.reads
         return (
-            torch.cat([keys_TGP, stored[0, self.read]])[self.source],
-            torch.cat([values_TGP, stored[1, self.read]])[self.source],
+            torch.cat([keys_TGP, stored[0, slots]])[order],
+            torch.cat([values_TGP, stored[1, slots]])[order],
         )

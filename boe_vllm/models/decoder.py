@@ -64,6 +64,14 @@ class Decoder(nn.Module):
 
     # ---- the pass ------------------------------------------------------------------------------
 
+    def norm_first(self, x_ND: Tensor) -> Tensor:
+        """What the first block projects of the embeddings, [N, D]."""
+        return rms_norm(x_ND, self.layers[0].attn_norm, self.config.rms_norm_eps)
+
+    def norm_after(self, layer: int) -> Tensor | None:
+        """[D] the weight of the norm that the block after this one begins with, if there is one."""
+        return self.layers[layer + 1].attn_norm if layer + 1 < len(self.blocks) else None
+
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Token embeddings, [N, D]."""
         return self.wte(tokens_N)
@@ -90,6 +98,7 @@ class Decoder(nn.Module):
         rotary = rotary_tables(
             layout.positions, block.head_size, self.config.rope_theta, x_TD.dtype
         )
+        normed = self.norm_first(x_TD)
         keep = any(layout.saved_lens)
         index_A = layout.saved_index
         saved = SavedPass(layout, rotary[:, index_A], []) if keep else None
@@ -97,11 +106,13 @@ class Decoder(nn.Module):
         if keep and memory and x_TD.device.type == "cpu":
             places = [*key_value_memory(x_TD, memory, **self.cache_shape())]
         for index, block in enumerate(self.layers):
-            q, k, v = block.project(x_TD, rotary, self.scratch, places[index])
+            q, k, v = block.project(normed, rotary, self.scratch, places[index])
             k, v = context.merge(index, k, v)
             mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
-            after = block.attend(x_TD, mixed)
-            out, gate_up = block.feed(after, index_A if keep else None, self.scratch)
+            after, normed = block.attend(x_TD, mixed)
+            out, normed, gate_up = block.feed(
+                after, normed, self.norm_after(index), index_A if keep else None, self.scratch
+            )
             if saved is not None:
                 assert gate_up is not None
                 before, after, q = x_TD[index_A], after[index_A], q[index_A]
@@ -116,7 +127,7 @@ class Decoder(nn.Module):
         self,
         dhidden_AD: Tensor,
         saved: SavedPass,
-        active_A11: Tensor,
+        active_A11: Tensor | None,
         observe: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Gradient of the saved rows' embeddings, [A, D], given that of their final hidden states.
@@ -124,7 +135,7 @@ class Decoder(nn.Module):
         Args:
             dhidden_AD: gradient of the normalised final states; zero for rows without an objective.
             saved: what the pass left behind.
-            active_A11: 1 for rows whose attention passes a gradient, else 0 (eq. 30).
+            active_A11: 1 for rows whose attention passes a gradient, else 0 (eq. 30); None for all.
             observe: called with (layer, dO, dK, dV) for every layer, last one first: gradients of
                 the saved rows' attention outputs [A, H, P] (zero where they pass none), and of
                 their keys and values [A, G, P].

@@ -2,19 +2,22 @@
 
 Weights are frozen, so a backward returns gradients of inputs only. Normalisation, rotation and the
 activation are computed in float32, or in float64 for float64 inputs, as LLaDA's own code does.
-On the CPU they run operation by operation, in place where they can; on CUDA as kernels of `fused`.
+On the CPU they run operation by operation, in place where they can (`plain`); on CUDA each is one
+operator (`fused`).
 
-Legend: `N` any rows, `D` width, `H` heads, `P` head size, `p` half of it, `F` MLP width.
+Legend: as `plain`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from boe_vllm.models import fused
+from boe_vllm.models import fused, plain
 
 Tensor = torch.Tensor
+
+accurate = plain.accurate
+rotate = plain.rotate
 
 
 class Scratch:
@@ -37,34 +40,26 @@ class Scratch:
         return self._memory[:size].view(dtype).view(len(x_ND), width)
 
 
-def accurate(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * weight`, [N, D] in the dtype of `x`."""
-    if x_ND.is_cuda:
-        return fused.rms_norm(x_ND, weight_D, eps)
-    x = accurate(x_ND)
-    return (x * _inverse_rms(x, eps)).to(x_ND.dtype).mul_(weight_D)
+    run = fused.rms_norm if x_ND.is_cuda else plain.rms_norm
+    return run(x_ND, weight_D, eps)
 
 
-def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Gradient of `rms_norm` with respect to `x`, [N, D]."""
-    if x_ND.is_cuda:
-        return fused.rms_norm_backward(dy_ND, x_ND, weight_D, eps)
-    x = accurate(x_ND)
-    scale = _inverse_rms(x, eps)
-    dnormed = accurate(dy_ND) * accurate(weight_D)
-    along = (dnormed * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
-    return dnormed.addcmul_(x, along, value=-1).mul_(scale).to(dy_ND.dtype)
+def add_rms_norm_(
+    x_ND: Tensor, add_ND: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x + add`, on the CPU in the place of `x`, and its `rms_norm`; [N, D] each."""
+    run = fused.add_rms_norm if x_ND.is_cuda else plain.add_rms_norm_
+    return run(x_ND, add_ND, weight_D, eps)
 
 
-def _inverse_rms(x_ND: Tensor, eps: float) -> Tensor:
-    """[N, 1]."""
-    norm = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-    return norm.square_().div_(x_ND.shape[1]).add_(eps).rsqrt_()
+def rms_norm_backward(
+    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float, beside_ND: Tensor | None = None
+) -> Tensor:
+    """Gradient of `rms_norm` with respect to `x`, [N, D], and `beside` added to it."""
+    run = fused.rms_norm_backward if x_ND.is_cuda else plain.rms_norm_backward
+    return run(dy_ND, x_ND, weight_D, eps, beside_ND)
 
 
 def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -75,44 +70,34 @@ def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torc
     return torch.stack([angles.cos(), angles.sin()])[:, :, None, :]
 
 
-def rotate(
-    x_NHP: Tensor, tables_2N1p: Tensor, *, out: Tensor | None = None, back: bool = False
+def split_rotated(
+    qkv_NE: Tensor, tables_2N1p: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries [N, H, P]; rotated keys, and values, [2, N, G, P].
+
+    Args:
+        qkv_NE: queries, keys and values side by side.
+        tables_2N1p: of `rotary_tables`.
+        heads, kv_heads: of the queries, and of the keys.
+    """
+    run = fused.split_rotated if qkv_NE.is_cuda else plain.split_rotated
+    return run(qkv_NE, tables_2N1p, heads, kv_heads)
+
+
+def join_rotated_back(
+    dq_NHP: Tensor, dk_NGP: Tensor, dv_NGP: Tensor, tables_2N1p: Tensor
 ) -> Tensor:
-    """Rotary embedding, halves layout (first half with second half), [N, H, P]; in `out` if it is
-    given. `back` turns by the opposite angle, which is also the gradient's way."""
-    cos, sin = tables_2N1p
-    if x_NHP.is_cuda:
-        rotated = fused.rotate(x_NHP, cos, sin, back=back)
-        return rotated if out is None else out.copy_(rotated)
-    x = accurate(x_NHP)
-    turned = out if out is not None and out.dtype == x.dtype else None
-    if turned is None:
-        turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    sign = -1 if back else 1
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=right).addcmul_(first, sin, value=sign)
-    if out is None or turned is out:
-        return turned.to(x_NHP.dtype)
-    return out.copy_(turned)
+    """Gradient of `split_rotated`, [N, E]."""
+    run = fused.join_rotated_back if dq_NHP.is_cuda else plain.join_rotated_back
+    return run(dq_NHP, dk_NGP, dv_NGP, tables_2N1p)
 
 
 def swiglu_(gate_up_N2F: Tensor) -> Tensor:
     """`silu(gate) * up`, [N, F], of the two halves; on the CPU it overwrites the first."""
-    if gate_up_N2F.is_cuda:
-        return fused.swiglu(gate_up_N2F)
-    gate, up = gate_up_N2F.chunk(2, dim=-1)
-    return F.silu(gate, inplace=True).mul_(up)
+    return (fused.swiglu if gate_up_N2F.is_cuda else plain.swiglu_)(gate_up_N2F)
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
     """Gradient of `swiglu_`, [N, 2F], of which `gate_up` is the argument before it."""
-    if dy_NF.is_cuda:
-        return fused.swiglu_backward(dy_NF, gate_up_N2F)
-    gate, up = (accurate(half) for half in gate_up_N2F.chunk(2, dim=-1))
-    dy = accurate(dy_NF)
-    gradient = torch.empty_like(gate_up_N2F, dtype=dy.dtype)
-    dgate, dup = gradient.chunk(2, dim=-1)
-    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-    torch.mul(dy, F.silu(gate), out=dup)
-    return gradient.to(dy_NF.dtype)
+    run = fused.swiglu_backward if dy_NF.is_cuda else plain.swiglu_backward
+    return run(dy_NF, gate_up_N2F)

@@ -1,121 +1,117 @@
-"""The block's row-wise pieces for CUDA, each compiled into one kernel for any number of rows.
+"""The row-wise pieces as operators of PyTorch, `torch.ops.boe_vllm.*`: on a GPU one launch each.
 
-Run operation by operation they would cost a launch each, and PyTorch's reductions change with the
-number of rows: on an H200 the norm of a row of eight had other last bits than among 4,096. A
-compiled piece treats all rows alike. `functional` has the same arithmetic operation by operation,
-which runs on the CPU and is what these are tested against.
+Their implementation for CUDA is a kernel of Triton, or, where Triton is not installed or not
+wanted, a piece that PyTorch compiles, or that of the CPU. For CPU tensors it is `plain`; the
+network on a CPU does not come by here (`functional`), but a test device that says CUDA does.
 
-Legend: `N` any rows, `D` width, `F` MLP width, `H` heads, `P` head size, `p` half of it.
+The environment variable `BOE_VLLM_NO_TRITON` switches kernels off: names of operators, separated by
+commas, or `all`. It is read when this module is imported.
+
+Legend: as `plain`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from boe_vllm.models import plain
+
 Tensor = torch.Tensor
 
-_FIRST_ROWS = 61
-"""Rows of the call for which a piece is compiled: kernels are laid out for the sizes of the first
-call, and so they are the same in every process. No other size is 61, for equal ones would count as
-one and the same."""
-_KNOWN: set[tuple[Any, ...]] = set()
-"""Pieces, devices, dtypes and widths that have had their first call."""
+NO_TRITON = "BOE_VLLM_NO_TRITON"
+
+SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor add, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward": (
+        "(Tensor dy, Tensor x, Tensor weight, float eps, Tensor? beside) -> Tensor"
+    ),
+    "split_rotated": "(Tensor qkv, Tensor tables, int heads, int kv_heads) -> (Tensor, Tensor)",
+    "join_rotated_back": "(Tensor dq, Tensor dk, Tensor dv, Tensor tables) -> Tensor",
+    "swiglu": "(Tensor gate_up) -> Tensor",
+    "swiglu_backward": "(Tensor dy, Tensor gate_up) -> Tensor",
+    "chosen_rows": (
+        "(Tensor keys, Tensor values, Tensor new_keys, Tensor new_values, Tensor index) -> Tensor"
+    ),
+    "normalise_": "(Tensor(a!) logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    "entropy_gradient_": "(Tensor logp, Tensor(a!) out) -> ()",
+}
+"""Every operator: its arguments are those of the function of its name."""
 
 
-def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`functional.rms_norm`."""
-    return _by_rows(_rms_norm, (x_ND,), weight_D, eps)
+_PLAIN: Mapping[str, Callable[..., Any]] = {
+    "rms_norm": plain.rms_norm,
+    "add_rms_norm": lambda x, *others: plain.add_rms_norm_(x.clone(), *others),
+    "rms_norm_backward": plain.rms_norm_backward,
+    "split_rotated": plain.split_rotated,
+    "join_rotated_back": plain.join_rotated_back,
+    "swiglu": lambda gate_up: plain.swiglu_(gate_up.clone()),
+    "swiglu_backward": plain.swiglu_backward,
+    "chosen_rows": plain.chosen_rows,
+    "normalise_": plain.normalise_,
+    "entropy_gradient_": plain.entropy_gradient_,
+}
 
 
-def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`functional.rms_norm_backward`."""
-    return _by_rows(_rms_norm_backward, (dy_ND, x_ND), weight_D, eps)
+def _triton() -> Mapping[str, Callable[..., Any]]:
+    """Operators by Triton; none where it is not installed."""
+    try:
+        from boe_vllm.models import kernels
+    except ImportError:
+        return {}
+    names = SCHEMAS.keys() - unwanted(os.environ.get(NO_TRITON, ""))
+    return {name: getattr(kernels, name) for name in names}
 
 
-def rotate(x_NHP: Tensor, cos_N1p: Tensor, sin_N1p: Tensor, *, back: bool) -> Tensor:
-    """`functional.rotate`."""
-    return _by_rows(_turn_back if back else _turn, (x_NHP, cos_N1p, sin_N1p))
+def unwanted(names: str) -> set[str]:
+    """The operators that `BOE_VLLM_NO_TRITON` names.
 
-
-def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """`functional.swiglu_`, in memory of its own."""
-    return _by_rows(_swiglu, (gate_up_N2F,))
-
-
-def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
-    """`functional.swiglu_backward`."""
-    return _by_rows(_swiglu_backward, (dy_NF, gate_up_N2F))
-
-
-@torch.no_grad()
-def _by_rows(piece: Callable[..., Tensor], rows: tuple[Tensor, ...], *others: Any) -> Tensor:
-    """A compiled piece of arguments with equally many rows, and of others.
-
-    None and one alone would be compiled for themselves, so they are filled up to two rows.
+    Raises:
+        ValueError: for one that there is not.
     """
-    compiled, count = _compiled(piece), len(rows[0])
-    key = (piece, *((x.device, x.dtype, x.shape[1:]) for x in rows))
-    if key not in _KNOWN:
-        compiled(*(x.new_zeros(_FIRST_ROWS, *x.shape[1:]) for x in rows), *others)
-        _KNOWN.add(key)
-    if count < 2:
-        rows = tuple(torch.cat([x, x.new_zeros(2 - count, *x.shape[1:])]) for x in rows)
-        return compiled(*rows, *others)[:count]
-    # As tensors by themselves: what is part of another would be compiled for each such other.
-    return compiled(*(x.data for x in rows), *others)
+    found = {name.strip() for name in names.split(",")} - {""}
+    if found == {"all"}:
+        return set(SCHEMAS)
+    if not found <= SCHEMAS.keys():
+        raise ValueError(
+            f"{NO_TRITON}: expected all, or names of {', '.join(SCHEMAS)} separated by commas, got "
+            f"{names!r}; leave it unset to use every kernel"
+        )
+    return found
 
 
-@functools.cache
-def _compiled(piece: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # After many compilations torch runs a function as it is written. To an element-wise piece that
-    # makes no difference; sums would then depend on the number of rows, so there it is an error.
-    sums = piece in (_rms_norm, _rms_norm_backward)
-    return torch.compile(piece, dynamic=True, fullgraph=sums)
+def _compiled() -> Mapping[str, Callable[..., Any]]:
+    """Operators by PyTorch's compiler."""
+    from boe_vllm.models import compiled
+
+    return {name: getattr(compiled, name) for name in compiled.PIECES}
 
 
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def for_cuda() -> dict[str, Callable[..., Any]]:
+    """Every operator on CUDA."""
+    return {**_PLAIN, **_compiled(), **_triton()}
 
 
-def _inverse_rms(x_ND: Tensor, eps: float) -> Tensor:
-    return (x_ND.square().mean(-1, keepdim=True) + eps).rsqrt()
+_library = torch.library.Library("boe_vllm", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _PLAIN[_name], "CPU")
+for _name, _function in for_cuda().items():
+    _library.impl(_name, _function, "CUDA")
 
-
-def _rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x = _exact(x_ND)
-    return (x * _inverse_rms(x, eps)).to(x_ND.dtype) * weight_D
-
-
-def _rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x = _exact(x_ND)
-    scale = _inverse_rms(x, eps)
-    dnormed = _exact(dy_ND) * _exact(weight_D)
-    along = (dnormed * x).mean(-1, keepdim=True) * scale * scale
-    return ((dnormed - x * along) * scale).to(dy_ND.dtype)
-
-
-def _turn(x_NHP: Tensor, cos_N1p: Tensor, sin_N1p: Tensor) -> Tensor:
-    first, second = _exact(x_NHP).chunk(2, dim=-1)
-    left, right = first * cos_N1p - second * sin_N1p, second * cos_N1p + first * sin_N1p
-    return torch.cat([left, right], dim=-1).to(x_NHP.dtype)
-
-
-def _turn_back(x_NHP: Tensor, cos_N1p: Tensor, sin_N1p: Tensor) -> Tensor:
-    return _turn(x_NHP, cos_N1p, -sin_N1p)
-
-
-def _swiglu(gate_up_N2F: Tensor) -> Tensor:
-    gate, up = gate_up_N2F.chunk(2, dim=-1)
-    exact = _exact(gate)
-    return (exact * exact.sigmoid()).to(gate.dtype) * up
-
-
-def _swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
-    gate, up = (_exact(half) for half in gate_up_N2F.chunk(2, dim=-1))
-    dy, sigmoid = _exact(dy_NF), gate.sigmoid()
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([dgate, dy * gate * sigmoid], dim=-1).to(dy_NF.dtype)
+# The operators as functions.
+_operators = torch.ops.boe_vllm
+rms_norm = _operators.rms_norm.default
+add_rms_norm = _operators.add_rms_norm.default
+rms_norm_backward = _operators.rms_norm_backward.default
+split_rotated = _operators.split_rotated.default
+join_rotated_back = _operators.join_rotated_back.default
+swiglu = _operators.swiglu.default
+swiglu_backward = _operators.swiglu_backward.default
+chosen_rows = _operators.chosen_rows.default
+normalise_ = _operators.normalise_.default
+entropy_gradient_ = _operators.entropy_gradient_.default

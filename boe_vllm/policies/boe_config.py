@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from boe_vllm.base.options import options
+from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.importance import Context, Surrogate
@@ -69,7 +69,10 @@ def _one_error(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     try:
         return validate(value)
     except ValidationError:
-        raise ValueError(f"expected a number above 0 and at most {MOST:.0f}, or 'mean'") from None
+        raise ValueError(
+            f"expected a number above 0 and at most {MOST:.0f}, or 'mean', got {shown(value)}; "
+            f"change or remove 'gain_scale'"
+        ) from None
 
 
 GainScale = Annotated[
@@ -126,7 +129,7 @@ class BoEConfig(CompositionConfig):
     """Whether the candidates' importance is rescaled to [0, 1] before the floor's penalty."""
     risk: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     """Weight of ln p, the log-probability of the candidate's own token; 0 in the paper."""
-    gain_scale: GainScale = 1.0
+    gain_scale: GainScale = 0.1
     """Weight of the importance, above 0; "mean" divides it by the number of objective positions,
     which is Info-Gain's weighting."""
     sets: Literal["top", "chain"] = "chain"

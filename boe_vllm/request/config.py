@@ -213,7 +213,8 @@ def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
 
 
 def read_json(name: str, value: Any) -> Any:
-    """Read JSON text where a field cannot be nested (HTTP); leave every other value alone.
+    """Read JSON text where a field can neither be nested nor be null (HTTP); leave every other
+    value alone.
 
     Args:
         name: of the field, for errors.
@@ -223,6 +224,8 @@ def read_json(name: str, value: Any) -> Any:
         ValueError: for text that is too long, and for values that are nested too deeply or hold
             numbers of thousands of digits.
     """
+    if value == "null":
+        return None
     if isinstance(value, str) and value[:1] in ("[", "{"):
         if len(value) > MAX_JSON_LENGTH:
             raise ValueError(

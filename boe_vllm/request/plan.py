@@ -122,7 +122,8 @@ def tokens_due(schedule: Schedule, *, masks: int, steps: int, step: int, written
 
     "linear" (ML-GSAI/LLaDA `get_num_transfer_tokens`): `masks // steps`, and one more in each of
     the first `masks % steps` steps. "cosine" (MaskGIT, Chang et al. 2022): few at first, many at
-    last, `ceil(masks (1 - cos(pi i / (2 steps))))` written after step `i` of the block.
+    last, `ceil(masks (1 - cos(pi i / (2 steps))))` written after step `i` of the block. What
+    earlier steps left unwritten is due as well, but never more than in the largest step.
 
     Args:
         schedule: the kind.
@@ -133,12 +134,13 @@ def tokens_due(schedule: Schedule, *, masks: int, steps: int, step: int, written
     """
     if schedule == "linear":
         return max(1, masks // steps + (step < masks % steps))
-    return max(1, _written_after(step + 1, masks, steps) - written)
+    due = _written_after(step + 1, masks, steps) - written
+    return max(1, min(due, most_tokens_due(schedule, masks=masks, steps=steps)))
 
 
 @functools.lru_cache(maxsize=256)
 def most_tokens_due(schedule: Schedule, *, masks: int, steps: int) -> int:
-    """Tokens due in that step of a block in which most are, if every step writes what is due."""
+    """Tokens due in that step of a block in which most are."""
     if schedule == "linear":
         return -(-masks // steps)
     counts = [_written_after(step, masks, steps) for step in range(steps + 1)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from boe_vllm.models import fused, plain
 from boe_vllm.models.functional import Scratch
 
 Tensor = torch.Tensor
@@ -44,8 +45,10 @@ class VocabularyMemory:
 
 def normalise_(logits_rV: Tensor) -> Summary:
     """Turn logits into log-probabilities, in place, and summarise them on the way."""
-    parts = [_normalise_(logits_rV[rows]) for rows in _in_cache(logits_rV)]
-    return Summary(*(torch.cat(columns)[:, 0] for columns in zip(*parts, strict=True)))
+    if logits_rV.is_cuda:
+        return Summary(*fused.normalise_(logits_rV))
+    parts = [plain.normalise_(logits_rV[rows]) for rows in _in_cache(logits_rV)]
+    return Summary(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def entropy_gradient(logp_rV: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -54,32 +57,17 @@ def entropy_gradient(logp_rV: Tensor, scratch: Scratch | None = None) -> Tensor:
     With `scratch` it lies in that memory.
     """
     gradient = (scratch or Scratch()).like(logp_rV, logp_rV.shape[1])
+    if logp_rV.is_cuda:
+        fused.entropy_gradient_(logp_rV, gradient)
+        return gradient
     for rows in _in_cache(logp_rV):
-        p = torch.exp(logp_rV[rows])
-        # The softmax's backward with ln p for its gradient: p (ln p - sum p ln p).
-        torch._softmax_backward_data(logp_rV[rows], p, -1, p.dtype, grad_input=gradient[rows])
-        gradient[rows].neg_()
+        plain.entropy_gradient_(logp_rV[rows], gradient[rows])
     return gradient
 
 
-def _normalise_(x_rV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`normalise_` of a few rows: argmax, best, second, entropy, [r, 1] each."""
-    largest, argmax = x_rV.max(-1, keepdim=True)
-    second = x_rV.scatter(-1, argmax, -torch.inf).amax(-1, keepdim=True)
-    weights = x_rV.sub_(largest).exp()
-    total = weights.sum(-1, keepdim=True)
-    log_total = total.log()
-    # Both terms are at least 0, since the logits are less their maximum: nothing cancels.
-    entropy = log_total - weights.mul_(x_rV).sum(-1, keepdim=True) / total
-    x_rV.sub_(log_total)
-    return argmax, -log_total, second - largest - log_total, entropy
-
-
 def _in_cache(x_rV: Tensor) -> Iterator[slice]:
-    """The rows, as many at a time as stay in a CPU's cache; all at once elsewhere."""
+    """The rows, as many at a time as stay in a CPU's cache."""
     rows = max(len(x_rV), 1)
-    step = rows
-    if x_rV.device.type == "cpu":
-        step = max(1, _CACHED_BYTES // (x_rV.shape[1] * x_rV.element_size()))
+    step = max(1, _CACHED_BYTES // (x_rV.shape[1] * x_rV.element_size()))
     for start in range(0, rows, step):
         yield slice(start, start + step)

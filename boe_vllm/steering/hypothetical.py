@@ -125,9 +125,9 @@ def run_partial(
     assert current.saved is not None
     model = current.model
     rotary = current.saved.rotary_2A1p[:, rows.saved.tensor]
-    x, last = x_QD, len(model.layers) - 1
+    x, normed, last = x_QD, model.norm_first(x_QD), len(model.layers) - 1
     for index, (block, saved) in enumerate(zip(model.layers, current.saved.layers, strict=True)):
-        q, k, v = block.project(x, rotary)
+        q, k, v = block.project(normed, rotary)
         if observe is not None:
             observe(index, k, v)
         if index == last and not final:
@@ -135,7 +135,8 @@ def run_partial(
         mixed = overlay_attention(
             q, k, v, saved.keys_SGP, saved.values_SGP, groups=rows.groups, scale=block.scale
         )
-        x, _ = block.feed(block.attend(x, mixed))
+        after, normed = block.attend(x, mixed)
+        x, normed, _ = block.feed(after, normed, model.norm_after(index))
     return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
 
 

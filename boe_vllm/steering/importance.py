@@ -97,6 +97,7 @@ def _single_pass(
     if observe is not None:
         scores[spans.tensor] = observe.drops_C.to(scores)
     values = summed(scores, members, [len(query.candidates) for _, query in queries])
+    served = places_of(members, len(queries))
     return [
         QueryResult(
             value=value,
@@ -105,9 +106,7 @@ def _single_pass(
             rows_forward=len(own) * len(query.candidates) * (query.surrogate in REVEALING),
             rows_backward=sum(current.layout.saved_lens[place] for place in own),
         )
-        for (_, query), own, value in zip(
-            queries, places_of(members, len(queries)), values, strict=True
-        )
+        for (_, query), own, value in zip(queries, served, values, strict=True)
     ]
 
 
@@ -249,8 +248,8 @@ def _soft_writes(current: DenoisingPass, members: Sequence[Member], transfer: Tr
 
 def _responses(current: DenoisingPass, members: Sequence[Member], soft_CD: Tensor) -> Responses:
     """What watches the backward for those that need the candidates' keys and values revealed."""
-    candidates = [m.query.candidates for m in members]
-    changes = reveal(soft_CD, current, [m.place for m in members], candidates)
+    places, candidates = [m.place for m in members], [m.query.candidates for m in members]
+    changes = reveal(soft_CD, current, places, candidates)
     watched = [
         Watched(place=m.place, candidates=m.query.candidates, rule=m.query.surrogate)
         for m in members
@@ -275,11 +274,8 @@ def _objective_gradient(current: DenoisingPass, members: Sequence[Member], named
     """[A, D] gradient of the summed entropies at the saved rows' final hidden states."""
     log_probs, weights = current.log_probs, _weights(members)
     rows = np.concatenate([current.logit_rows(m.source, m.query.objective) for m in members])
-    dhidden = torch.zeros(
-        (sum(current.layout.saved_lens), log_probs.hidden_RD.shape[1]),
-        dtype=log_probs.hidden_RD.dtype,
-        device=current.device,
-    )
+    saved = sum(current.layout.saved_lens)
+    dhidden = log_probs.hidden_RD.new_zeros(saved, log_probs.hidden_RD.shape[1])
     for places, logp in log_probs.rows(rows):
         gradient = entropy_gradient(logp, log_probs.memory.gradient)
         if (weights[places] != 1).any():

@@ -133,11 +133,12 @@ class _SoftWrites:
     def __init__(self, current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]) -> None:
         self._index: dict[int, IntArray] = {}
         self._starts: dict[int, int] = {}
-        rows, sharpen = [], []
+        rows: list[IntArray] = []
+        sharpen: list[FloatArray] = []
         for n, (s, query) in enumerate(queries):
             if query.tokens is None:
                 self._index[n] = np.unique(np.concatenate(query.writes))
-                self._starts[n] = sum(map(len, rows))
+                self._starts[n] = sum(len(own) for own in rows)
                 rows.append(current.logit_rows(s, self._index[n]))
                 sharpen.append(np.full(len(rows[-1]), float(query.sharpen)))
         self.embeddings_CD: Tensor | None = None

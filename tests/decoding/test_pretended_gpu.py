@@ -45,14 +45,14 @@ class Budget:
 
 
 BUDGETS = {
-    "confidence": Budget(layer=40, constant=60, blocking=0, waits=1, by_requests=0),
-    "joint": Budget(layer=671, constant=221, blocking=0, waits=1, by_requests=366),
-    "boe": Budget(layer=730, constant=262, blocking=0, waits=1, by_requests=366),
+    "confidence": Budget(layer=13, constant=51, blocking=0, waits=1, by_requests=0),
+    "joint": Budget(layer=563, constant=188, blocking=0, waits=1, by_requests=346),
+    "boe": Budget(layer=580, constant=214, blocking=0, waits=1, by_requests=342),
 }
 TARGETS = {
-    "confidence": Budget(layer=16, constant=60, blocking=2, waits=1, by_requests=0),
-    "joint": Budget(layer=60, constant=262, blocking=2, waits=1, by_requests=0),
-    "boe": Budget(layer=60, constant=262, blocking=2, waits=1, by_requests=0),
+    "confidence": Budget(layer=16, constant=51, blocking=2, waits=1, by_requests=0),
+    "joint": Budget(layer=60, constant=188, blocking=2, waits=1, by_requests=0),
+    "boe": Budget(layer=60, constant=214, blocking=2, waits=1, by_requests=0),
 }
 
 

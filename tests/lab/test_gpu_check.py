@@ -76,7 +76,7 @@ def test_wrong_numbers_are_not_ok(capsys, monkeypatch):
 
 
 def test_rows_that_depend_on_their_batch_are_found(capsys, monkeypatch):
-    def by_batch(x, weight):
+    def by_batch(x, weight, **options):
         return x @ weight + len(x) * 1e-3
 
     monkeypatch.setattr(rows, "matmul_rows", by_batch)

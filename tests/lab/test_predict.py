@@ -92,6 +92,18 @@ def test_a_pass_reads_the_weights_of_all_layers_and_moves_its_rows(monkeypatch):
     assert terms["weights"] == pytest.approx(2 * 2 * weights / 1000, rel=1e-3)
 
 
+def test_products_of_few_rows_are_filled_up(monkeypatch):
+    with_no_floor(monkeypatch)
+    few = Pass(kind="partial", rows=3)
+    filled = costs.device_terms(few, NETWORK, MACHINE, Footprint(filled=(8, 16)))
+    # Each at its number of rows, as if that many had come.
+    wanted = sum(
+        2 * sum(costs.product(16 if depth > 10 else 8, depth, width, MACHINE).values())
+        for depth, width in NETWORK.layer_products
+    )
+    assert filled["weights"] + filled["arithmetic"] == pytest.approx(wanted)
+
+
 def test_launches_are_those_of_the_layers_and_those_besides():
     code = {"forward": Footprint(layer=5, once=7), "logits": Footprint(once=2)}
     passes = [Pass(kind="forward", rows=3), Pass(kind="logits", rows=1)]

@@ -1,71 +1,144 @@
-"""The pieces for CUDA equal those that run operation by operation, whatever the number of rows."""
+"""The operators for CUDA equal the pieces operation by operation, whatever the number of rows."""
 
 import functools
+import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from boe_vllm.models import functional, fused
+from boe_vllm.models import compiled, functional, fused
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float64: 1e-13}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float64: 1e-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 EPS = 1e-5
+WIDTH, HEADS, KV_HEADS, SIZE, VOCABULARY = 24, 3, 1, 6, 5003
 
 
-def rows_of(dtype, device="cpu", *, rows=7, width=24):
-    generator = torch.Generator(device=device).manual_seed(3)
+class Arguments:
+    """Of every operator, for some rows."""
 
-    def made(*shape):
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+    def __init__(self, rows, dtype, device="cpu", width=WIDTH):
+        self.generator = torch.Generator().manual_seed(3)
+        self.rows, self.dtype, self.device, self.width = rows, dtype, device, width
 
-    heads = made(rows, 12, 8)[:, 2:8]  # as queries lie beside keys
-    angles = functional.rotary_tables(torch.arange(rows, device=device), 8, 1000.0, dtype)
-    return made, heads, angles
+    def made(self, *shape, dtype=None):
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return values.to(self.device, dtype or self.dtype)
+
+    def of(self, name):
+        n, width, made = self.rows, self.width, self.made
+        angles = functional.rotary_tables(torch.arange(n), SIZE, 1e3, self.dtype).to(self.device)
+        exact = torch.promote_types(self.dtype, torch.float32)
+        index = torch.randperm(12, generator=self.generator)[: min(n, 12)].to(self.device)
+        return {
+            "rms_norm": lambda: (made(n, width), made(width), EPS),
+            "add_rms_norm": lambda: (made(n, width), made(n, width), made(width), EPS),
+            "rms_norm_backward": lambda: (made(n, width), made(n, width), made(width), EPS, None),
+            "split_rotated": lambda: (
+                made(n, (HEADS + 2 * KV_HEADS) * SIZE),
+                angles,
+                HEADS,
+                KV_HEADS,
+            ),
+            "join_rotated_back": lambda: (
+                made(n, HEADS, SIZE),
+                made(n, KV_HEADS, SIZE),
+                made(n, KV_HEADS, SIZE),
+                angles,
+            ),
+            "swiglu": lambda: (made(n, 2 * width),),
+            "swiglu_backward": lambda: (made(n, width), made(n, 2 * width)),
+            "chosen_rows": lambda: (*(made(k, KV_HEADS, SIZE) for k in (7, 7, 5, 5)), index),
+            "normalise_": lambda: (made(n, VOCABULARY, dtype=exact),),
+            "entropy_gradient_": lambda: (
+                made(n, VOCABULARY, dtype=exact).log_softmax(-1),
+                made(n, VOCABULARY, dtype=exact),
+            ),
+        }[name]()
 
 
-PIECES = {
-    "norm": lambda f, made, n, w, *_: f.rms_norm(made(n, w), made(w), EPS),
-    "norm, back": lambda f, made, n, w, *_: f.rms_norm_backward(
-        made(n, w), made(n, w), made(w), EPS
-    ),
-    "swiglu": lambda f, made, n, w, *_: getattr(f, "swiglu", getattr(f, "swiglu_", None))(
-        made(n, 2 * w)
-    ),
-    "swiglu, back": lambda f, made, n, w, *_: f.swiglu_backward(made(n, w), made(n, 2 * w)),
-    "rotation": lambda f, made, n, w, x, angles: turn(f, x, angles, back=False),
-    "rotation, back": lambda f, made, n, w, x, angles: turn(f, x, angles, back=True),
-}
-every_piece = pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES.keys())
+def values(run, arguments):
+    """All that an operator gives and changes."""
+    found = run(*arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    return [x.cpu() for x in (*found, *arguments) if isinstance(x, torch.Tensor)]
 
 
-def turn(module, x, angles, *, back):
-    tables = (angles,) if module is functional else angles.unbind()
-    return module.rotate(x, *tables, back=back)
+def check(name, run, rows, dtype, device="cpu", beside=False):
+    got, want = [], []
+    for place, function, where in ((got, run, device), (want, fused._PLAIN[name], "cpu")):
+        made = Arguments(rows, dtype, where)
+        arguments = made.of(name)
+        if beside:
+            arguments = (*arguments[:-1], made.made(rows, WIDTH))
+        place += values(function, arguments)
+    for mine, other in zip(got, want, strict=True):
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(mine, other, atol=limit, rtol=limit)
+
+
+every_operator = pytest.mark.parametrize("name", fused.SCHEMAS)
+ROWS = pytest.mark.parametrize("rows", [0, 1, 2, 7])
+
+
+def test_kernels_in_the_interpreter():
+    """Triton's interpreter runs the kernels on the CPU, in a process that begins with it."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestKernels"]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="in a process of their own")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestKernels:
+    @pytest.fixture
+    def kernels(self):
+        return importlib.import_module("boe_vllm.models.kernels")
+
+    @DTYPES
+    @every_operator
+    @ROWS
+    def test_a_kernel_equals_the_same_operation_by_operation(self, kernels, name, dtype, rows):
+        check(name, getattr(kernels, name), rows, dtype)
+
+    def test_a_gradient_beside_is_added(self, kernels):
+        check("rms_norm_backward", kernels.rms_norm_backward, 5, torch.float32, beside=True)
+
+    def test_extreme_logits(self, kernels):
+        """Ties go to the first token, what is ruled out has no part, and NaN is seen."""
+        x = torch.full((3, VOCABULARY), -1e30)
+        x[0, [4100, 17, 4999]] = 2.0
+        x[1, 4500] = 3.0
+        x[2] = torch.nan
+        argmax, best, second, entropy = kernels.normalise_(x)
+        assert argmax[:2].tolist() == [17, 4500] and 0 <= argmax[2] < VOCABULARY
+        assert best[0].exp() == pytest.approx(1 / 3) and second[0] == best[0] and best[1] == 0
+        assert entropy[:2].tolist() == pytest.approx([torch.tensor(3.0).log().item(), 0.0])
+        assert torch.isnan(entropy[2])
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
     """What would be compiled runs as it is written."""
-    monkeypatch.setattr(fused, "_compiled", lambda piece: piece)
+    monkeypatch.setattr(compiled, "_compiled", lambda piece: piece)
 
 
 @DTYPES
-@every_piece
-@pytest.mark.parametrize("rows", [0, 1, 2, 7])
-def test_a_piece_equals_the_same_operation_by_operation(uncompiled, piece, dtype, rows):
-    made, heads, angles = rows_of(dtype, rows=rows)
-    got = piece(fused, made, rows, 24, heads, angles)
-    made, heads, angles = rows_of(dtype, rows=rows)
-    want = piece(functional, made, rows, 24, heads, angles)
-    assert got.dtype == want.dtype == dtype and got.shape == want.shape
-    limit = TOLERANCE[dtype]
-    torch.testing.assert_close(got, want, atol=limit, rtol=limit)
+@pytest.mark.parametrize("name", compiled.PIECES)
+@ROWS
+def test_a_compiled_piece_equals_the_same_operation_by_operation(uncompiled, name, dtype, rows):
+    check(name, getattr(compiled, name), rows, dtype)
 
 
-@every_piece
-def test_a_piece_is_one_graph(monkeypatch, piece):
+@pytest.mark.parametrize("name", compiled.PIECES)
+def test_a_piece_is_one_graph(monkeypatch, name):
     """torch.compile takes each as a whole; what it makes of it is seen on a GPU only."""
-    monkeypatch.setattr(fused, "_KNOWN", set())
+    monkeypatch.setattr(compiled, "_KNOWN", set())
     graphs = []
 
     def backend(graph, inputs):
@@ -73,18 +146,23 @@ def test_a_piece_is_one_graph(monkeypatch, piece):
         return graph
 
     @functools.cache
-    def compiled(function):
+    def one(function):
         return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
-    monkeypatch.setattr(fused, "_compiled", compiled)
+    monkeypatch.setattr(compiled, "_compiled", one)
     for rows in (0, 1, 2, 7, 100):
-        made, heads, angles = rows_of(torch.float32, rows=rows)
-        got = piece(fused, made, rows, 24, heads, angles)
-        made, heads, angles = rows_of(torch.float32, rows=rows)
-        torch.testing.assert_close(got, piece(functional, made, rows, 24, heads, angles))
+        check(name, getattr(compiled, name), rows, torch.float32)
     torch._dynamo.reset()
     # Queries beside keys lie otherwise than rows that are filled up, at an offset or not.
     assert 1 <= len(graphs) <= 3
+
+
+def test_kernels_can_be_switched_off():
+    assert fused.unwanted("") == set()
+    assert fused.unwanted("swiglu, rms_norm") == {"swiglu", "rms_norm"}
+    assert fused.unwanted("all") == set(fused.SCHEMAS)
+    with pytest.raises(ValueError, match="BOE_VLLM_NO_TRITON: expected all, or names of rms_norm"):
+        fused.unwanted("norms")
 
 
 @pytest.mark.gpu
@@ -93,7 +171,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("width", [128, 4096])
     def test_a_row_is_the_same_among_any_number(self, dtype, width):
-        made, _, _ = rows_of(dtype, "cuda")
+        made = Arguments(4096, dtype, "cuda").made
         x, dy, weight = made(4096, width), made(4096, width), made(width)
         whole = functional.rms_norm(x, weight, EPS)
         back = functional.rms_norm_backward(dy, x, weight, EPS)
@@ -105,12 +183,7 @@ class TestOnGpu:
                 assert torch.equal(grad, back[place])
 
     @DTYPES
-    @every_piece
+    @every_operator
     @pytest.mark.parametrize("rows", [0, 1, 2, 300])
-    def test_a_compiled_piece_equals_the_cpus(self, piece, dtype, rows):
-        made, heads, angles = rows_of(dtype, "cuda", rows=rows)
-        got = piece(functional, made, rows, 24, heads, angles)
-        made, heads, angles = rows_of(dtype, "cuda", rows=rows)
-        want = piece(functional, lambda *s: made(*s).cpu(), rows, 24, heads.cpu(), angles.cpu())
-        limit = max(TOLERANCE[dtype], 1e-5)
-        torch.testing.assert_close(got.cpu(), want, atol=limit, rtol=limit)
+    def test_an_operator_equals_the_cpus(self, name, dtype, rows):
+        check(name, getattr(fused, name), rows, dtype, "cuda")

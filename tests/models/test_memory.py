@@ -1,4 +1,4 @@
-"""What a steering step holds: activations of kept rows only, no graph, no large logits."""
+"""What a steering step holds: activations of saved rows only, no graph, no large logits."""
 
 import gc
 
@@ -42,7 +42,7 @@ def run(model, sequences):
     return layout, hidden, saved
 
 
-def test_only_kept_rows_leave_activations_behind():
+def test_only_saved_rows_leave_activations_behind():
     config = small_config()
     model = random_model(config)
     model.load_weights(random_weights(config).items())

@@ -14,8 +14,8 @@ from boe_vllm.policies import origin
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.factor import passing_count
 from boe_vllm.policies.klass import recent
-from boe_vllm.request import schedule
 from boe_vllm.request.config import parse_sampler_config
+from boe_vllm.request.plan import tokens_due
 from boe_vllm.sampling import randomness
 from boe_vllm.steering.change import PredictionChange
 
@@ -157,7 +157,7 @@ def test_linear_quotas_are_lladas():
             written, quotas = 0, []
             for step in range(steps):
                 quotas.append(
-                    schedule.due("linear", masks=masks, steps=steps, step=step, written=written)
+                    tokens_due("linear", masks=masks, steps=steps, step=step, written=written)
                 )
                 written += quotas[-1]
             assert quotas == [rules.linear_quota(masks, steps, i) for i in range(steps)]
@@ -171,7 +171,7 @@ def test_cosine_totals_are_maskgits_and_never_idle():
             for step in range(steps):
                 if written == masks:
                     break
-                due = schedule.due("cosine", masks=masks, steps=steps, step=step, written=written)
+                due = tokens_due("cosine", masks=masks, steps=steps, step=step, written=written)
                 want = rules.cosine_total(masks, steps, step + 1) - written
                 assert due == max(1, want)
                 written += min(due, masks - written)
@@ -180,8 +180,8 @@ def test_cosine_totals_are_maskgits_and_never_idle():
 
 def test_cosine_does_not_round_whole_counts_up():
     # cos(pi / 3) comes out a little below a half.
-    assert schedule.due("cosine", masks=4, steps=3, step=1, written=1) == 1
-    assert schedule.due("cosine", masks=32, steps=3, step=1, written=5) == 11
+    assert tokens_due("cosine", masks=4, steps=3, step=1, written=1) == 1
+    assert tokens_due("cosine", masks=32, steps=3, step=1, written=5) == 11
 
 
 def test_alg_temp_draws_from_the_softmax_of_the_scores():

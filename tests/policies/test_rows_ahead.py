@@ -5,7 +5,7 @@ import math
 import pytest
 from test_loop import NEEDED, VARIANTS, make_loop, model, params_of  # noqa: F401
 
-from boe_vllm.request import schedule
+from boe_vllm.request.plan import tokens_due
 
 PROMPT, CANVAS, BLOCK = 3, 24, 12
 COMPOSED = (
@@ -36,7 +36,7 @@ def largest_due(kind, masks, steps):
     """Most tokens that a schedule has due in a step of a block, if each step writes them."""
     written, most = 0, 0
     for step in range(steps):
-        due = schedule.due(kind, masks=masks, steps=steps, step=step, written=written)
+        due = tokens_due(kind, masks=masks, steps=steps, step=step, written=written)
         most, written = max(most, min(due, masks - written)), written + due
     return most
 

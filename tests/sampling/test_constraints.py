@@ -304,15 +304,18 @@ def test_bad_content_is_refused_by_name(fields, message):
 def test_content_is_encoded_once():
     encode = {"ab": [1, 2], "c": [3]}.get
     content = GivenText(canvas_template=["ab", 4, "c", [9]])
-    fields = content.encoded(encode)
-    assert fields == {"canvas_template": [[1, 2], 4, [3], [9]]}
-    assert GivenText(**fields).encoded(None) == fields
-    assert GivenText(**fields).template(0) == [1, 2, 0, 0, 0, 0, 3, 9]
-    assert GivenText(choices=["ab", "c"]).encoded(encode) == {"choices": [[1, 2], [3]]}
+    tokens = content.encoded(encode, VOCAB)
+    assert tokens.given() == {"canvas_template": [[1, 2], 4, [3], [9]]}
+    assert tokens.encoded(None, VOCAB) == tokens
+    assert tokens.template(0) == [1, 2, 0, 0, 0, 0, 3, 9]
+    choices = GivenText(choices=["ab", "c"])
+    assert choices.encoded(encode, VOCAB).given() == {"choices": [[1, 2], [3]]}
     with pytest.raises(ValueError, match="choices: expected answers that differ"):
-        GivenText(choices=["ab", [1, 2]]).encoded(encode)
+        GivenText(choices=["ab", [1, 2]]).encoded(encode, VOCAB)
     with pytest.raises(ValueError, match="no tokenizer"):
-        content.encoded(None)
+        content.encoded(None, VOCAB)
+    with pytest.raises(ValueError, match="expected token ids below 9, got 9"):
+        content.encoded(encode, 9)
 
 
 def test_a_template_is_as_long_as_it_is():

@@ -19,14 +19,7 @@ from boe_vllm.policies.base import Commit, Policy
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
-from boe_vllm.steering.chain import Conditional
-from boe_vllm.steering.change import PredictionChange
-from boe_vllm.steering.coupling import Coupling
-from boe_vllm.steering.guidance import Guidance, guided, with_unconditional
-from boe_vllm.steering.importance import TokenImportance
-from boe_vllm.steering.likelihood import Likelihood
 from boe_vllm.steering.lookahead import Lookahead
-from boe_vllm.steering.step import solve_together
 
 F64 = torch.float64
 
@@ -165,89 +158,6 @@ def test_a_carried_state_proposes_with_the_next_steps_numbers(networks):
             u = randomness.uniforms(3, step=1, positions=np.array([position]), stream=0)[0]
             assert token == np.searchsorted(q.cumsum(), u * q.sum(), side="right")
         assert prospect.carry.proposal.tolist() == prospect.proposal.tolist()
-
-
-def neighbours(current):
-    """Sequences with two masks in a row: (sequence, its rows, index of the first of the two)."""
-    for s, rows in enumerate(current.sequences):
-        for gap in np.flatnonzero(np.diff(rows.logit_positions) == 1)[:1]:
-            yield s, rows, int(gap)
-
-
-def test_a_states_constraints_are_those_of_its_own_tokens(networks):
-    """A bad word of two tokens: what a state's write has begun, its neighbour may not complete."""
-    model, dense = networks
-    plain = with_next_steps(make_pass(model, "masked"))
-    found = list(neighbours(plain))
-    assert found
-    for s, rows, gap in found:
-        p = dense_state(dense, rows, np.array([gap]), np.array([4]), 1.0)
-        p = p[rows.logit_positions[gap + 1]]
-        follows = int(p[:MASK].argmax())
-        current = with_next_steps(make_pass(model, "masked"), bad_words=((4, follows),))
-        for token in (4, 5):
-            query = Lookahead(writes=(np.array([gap]),), tokens=(np.array([token]),), carry=True)
-            prospects = [Lookahead.solve(c, [(s, query)])[0].value[0] for c in (plain, current)]
-            if token == 5:  # begins no bad word
-                assert prospects[0].confidence[gap] == prospects[1].confidence[gap]
-                continue
-            assert prospects[0].proposal[gap] == follows
-            p[follows] = 0
-            assert prospects[1].proposal[gap] == p.argmax()
-            assert prospects[1].confidence[gap] == pytest.approx(p.max() / p.sum())
-
-
-def test_a_conditionals_constraints_are_those_of_what_is_supposed(networks):
-    model, _ = networks
-    plain = with_next_steps(make_pass(model, "masked"))
-    for s, _rows, gap in neighbours(plain):
-        query = Conditional(
-            written=np.array([gap]), tokens=np.array([4]), queried=np.array([gap + 1]),
-            temperature=0.0, uniform=np.full(1, 0.5),
-        )  # fmt: skip
-        free = Conditional.solve(plain, [(s, query)])[0].value.proposal[0]
-        current = with_next_steps(make_pass(model, "masked"), bad_words=((4, int(free)),))
-        assert Conditional.solve(current, [(s, query)])[0].value.proposal[0] != free
-
-
-# ---- two index spaces ----------------------------------------------------------------------------
-
-
-def test_a_carried_sequence_has_no_rows_although_a_copy_lies_at_its_number(networks):
-    """Sequence 1 was carried over; place 1 is the unconditional copy of sequence 0."""
-    model, dense = networks
-    plain = with_next_steps(make_pass(model, "masked"))
-    own, carried = plain.sequences[:2]
-    guides = [Guidance(scale=0.5, given=rows.tokens != MASK) for rows in (own, carried)]
-    packed, unconditional = with_unconditional([own], guides[:1], MASK)
-    layout = pack(packed, torch.device("cpu"))
-    hidden, saved = model.run(model.embed(layout.tokens), layout)
-    hidden = guided(hidden, layout, unconditional, guides)
-    current = dataclasses.replace(
-        plain, sequences=(own, carried), layout=layout, saved=saved, guides=tuple(guides),
-        unconditional=unconditional, next_steps=plain.next_steps[:2],
-        log_probs=plain.log_probs.of(hidden, np.zeros(len(hidden), bool)),
-    )  # fmt: skip
-    assert unconditional == {0: 1} and current.place(0) == 0
-    one, two, numbers = np.array([0]), np.array([0, 1]), np.full(1, 0.5)
-    queries = [
-        TokenImportance(candidates=one, objective=two, active=two, surrogate="kv"),
-        TokenImportance(candidates=one, objective=two, active=two, surrogate="inject"),
-        Conditional(written=one, tokens=one, queried=one + 1, temperature=0.0, uniform=numbers),
-        Coupling(pool=two, tokens=two, entropy=np.ones(2), estimator="pairs", measure="kl"),
-        Coupling(pool=two, tokens=two, entropy=np.ones(2), estimator="overlap", measure="kl"),
-        Likelihood(index=one, tokens=one),
-        PredictionChange(positions=carried.logit_positions),
-        Lookahead(writes=(one,), tokens=None),
-    ]
-    for query in queries:
-        with pytest.raises(ValueError, match=r"sequence 1, whose prediction was carried over"):
-            solve_together(current, {1: query})
-    # What needs no rows of the pass is answered: look-ahead that writes tokens.
-    (result,) = solve_together(
-        current, {1: Lookahead(writes=(one,), tokens=(np.array([4]),))}
-    ).values()
-    assert result.forwards == 2 and len(result.value) == 1
 
 
 # ---- whole requests on a network -----------------------------------------------------------------

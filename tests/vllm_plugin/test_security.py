@@ -20,7 +20,7 @@ UNSAFE_CALLS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
     *("torch.load", "np.load", "numpy.load", "yaml.load", "pd.read_pickle"),
 }
-SANDBOX = PACKAGE / "tasks" / "seccomp.py"
+SANDBOX = PACKAGE / "lab" / "tasks" / "seccomp.py"
 """Runs programs that models write: in a process of its own, behind a system call filter."""
 
 
@@ -30,6 +30,10 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def says_no(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
 def unsafe(node: ast.AST, path: Path) -> bool:
     """Whether a piece of code unpickles, evaluates, or runs what is not ours."""
     if isinstance(node, ast.Import):
@@ -37,7 +41,7 @@ def unsafe(node: ast.AST, path: Path) -> bool:
     if isinstance(node, ast.ImportFrom):
         return (node.module or "").partition(".")[0] in UNSAFE_MODULES
     if isinstance(node, ast.Call):
-        words = {keyword.arg for keyword in node.keywords}
+        words = {keyword.arg for keyword in node.keywords if not says_no(keyword.value)}
         called = dotted(node.func) in UNSAFE_CALLS and path != SANDBOX
         return called or bool(words & {"shell", "trust_remote_code", "allow_pickle"})
     return False

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from boe_vllm.lab.bench.ceilings import Ceilings
-from boe_vllm.lab.bench.launches import Footprint
+from boe_vllm.lab.bench.launches import Code, Footprint
 from boe_vllm.lab.bench.passes import THROUGH_LAYERS, Pass, Step
 from boe_vllm.models.llada import LLaDAConfig
 
@@ -116,7 +116,8 @@ def device_terms(one: Pass, network: Network, ceilings: Ceilings, footprint: Foo
     products = network.layer_products if through else ((network.width, network.vocabulary),)
     terms = dict.fromkeys(TERMS, 0.0)
     for depth, width in products:
-        for name, value in product(one.rows, depth, width, ceilings).items():
+        rows = max(one.rows, footprint.filled[depth > network.width])
+        for name, value in product(rows, depth, width, ceilings).items():
             terms[name] += layers * value
     # Scores and weighted sums; a backward makes three products of each instead of one.
     attention = (
@@ -135,7 +136,7 @@ def predict(
     step: Step,
     network: Network,
     ceilings: Ceilings,
-    code: Mapping[str, Footprint],
+    code: Code,
     *,
     launches: Sequence[float] | None = None,
     copies: Sequence[float] | None = None,
@@ -167,7 +168,7 @@ def predict(
     return Prediction(seconds=seconds, busy=busy, terms=total)
 
 
-def round_launches(passes: Sequence[Pass], network: Network, code: Mapping[str, Footprint]) -> int:
+def round_launches(passes: Sequence[Pass], network: Network, code: Code) -> int:
     """Kernels that a round launches."""
     return sum(code[p.kind].once + code[p.kind].layer * network.layers for p in passes)
 

@@ -26,6 +26,9 @@ class Footprint:
     """Bytes moved for every row, layer and channel of the MLP."""
     row_V: int = 0
     """Bytes moved for every row and token of the vocabulary."""
+    filled: tuple[int, int] = (1, 1)
+    """Rows that products with fewer are filled up to, so that a row's bits do not depend on their
+    number: where the product is as deep as the residual stream is wide, and where it is deeper."""
 
 
 Code = Mapping[Kind, Footprint]
@@ -44,22 +47,37 @@ UNFUSED: Code = {
 """Every operation a kernel of its own: norms, rotation and activation in float32 between bfloat16
 products. Partial passes and observed backwards launched more for several requests."""
 
+FILLED = (64, 384)
+"""From these numbers on an H200 treats all rows of a bfloat16 product of LLaDA-8B alike."""
 BUDGET: Code = {
-    "forward": Footprint(layer=16, once=18, row_D=44, row_F=6),
-    "saving": Footprint(layer=18, once=20, row_D=44, row_F=6),
-    "partial": Footprint(layer=14, once=11, row_D=44, row_F=6),
-    "backward": Footprint(layer=26, once=20, row_D=80, row_F=24),
-    "observed": Footprint(layer=30, once=20, row_D=80, row_F=24),
-    "logits": Footprint(once=20, row_V=24),
-    "soft writes": Footprint(once=8, row_V=14),
-    "gradient": Footprint(once=4, row_V=20),
+    "forward": Footprint(layer=16, once=18, row_D=44, row_F=6, filled=FILLED),
+    "saving": Footprint(layer=18, once=20, row_D=44, row_F=6, filled=FILLED),
+    "partial": Footprint(layer=14, once=11, row_D=44, row_F=6, filled=FILLED),
+    "backward": Footprint(layer=26, once=20, row_D=80, row_F=24, filled=FILLED),
+    "observed": Footprint(layer=30, once=20, row_D=80, row_F=24, filled=FILLED),
+    "logits": Footprint(once=20, row_V=24, filled=FILLED),
+    "soft writes": Footprint(once=8, row_V=14, filled=FILLED),
+    "gradient": Footprint(once=4, row_V=20, filled=FILLED),
 }
 """What the code is allowed to ask for: 16 kernels a layer for a forward, 60 for a whole step of
 `joint` at four tokens a step; norms, rotation and activation are one kernel each, which reads
 its operands once."""
 
-CODES: Mapping[str, Code] = {"unfused": UNFUSED, "budget": BUDGET}
+FUSED: Code = {
+    "forward": Footprint(layer=13, once=10, row_D=44, row_F=6, filled=FILLED),
+    "saving": Footprint(layer=17, once=12, row_D=44, row_F=6, filled=FILLED),
+    "partial": Footprint(layer=41, once=2, row_D=100, row_F=6, filled=FILLED),
+    "backward": Footprint(layer=21, once=12, row_D=80, row_F=24, filled=FILLED),
+    "observed": Footprint(layer=37, once=13, row_D=140, row_F=24, filled=FILLED),
+    "logits": Footprint(once=41, row_V=66, filled=FILLED),
+    "soft writes": Footprint(once=9, row_V=22, filled=FILLED),
+    "gradient": Footprint(once=5, row_V=44, filled=FILLED),
+}
+"""Norms, rotation and activation are one kernel each. A partial pass is that of one request: it
+launches more for several whose lengths differ."""
+
+CODES: Mapping[str, Code] = {"unfused": UNFUSED, "fused": FUSED, "budget": BUDGET}
 """By the names that measurements carry."""
-CURRENT = "unfused"
+CURRENT = "fused"
 """The package as it is."""
 CODE = CODES[CURRENT]
