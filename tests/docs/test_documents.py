@@ -40,6 +40,7 @@ RUN_BY = {
     r"vllm bench serve": f"{HERE}::test_vllms_serving_benchmark_runs",
     r"lm_eval run --model vllm": "tests/lab/test_lm_eval.py::test_its_vllm_model",
     r"lm_eval run --model local-completions": "tests/lab/test_lm_eval.py::test_a_request_chooses",
+    r"python scripts/modules_passed.py": f"{HERE}::test_a_request_passes_the_modules",
     r"python examples/client.py": f"{PLUGIN}/test_server.py::test_the_client_example_runs",
     r"python examples/throughput.py": f"{HERE}::test_the_throughput_example_runs",
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",
@@ -159,6 +160,21 @@ def test_the_soak_runs(shared_server):
     printed = run([sys.executable, "examples/soak.py", *short, *where])
     result = json.loads(printed.splitlines()[-1])
     assert result["ok"] and result["answered"] > 0 and not any(result["failures"].values())
+
+
+@pytest.mark.slow
+def test_a_request_passes_the_modules_that_the_document_lists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## What a request passes")[2]
+    listed = {
+        f"{room}.{module}"
+        for room, modules in re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+        for module, policy in re.findall(r"`(\w+)`(?: \((\w+)\))?", modules)
+        if policy in ("", "boe")
+    }
+    *passed, total = run([sys.executable, "scripts/modules_passed.py", "boe"]).splitlines()
+    assert total == f"{len(listed)} modules"
+    assert set(passed[-len(listed) :]) == listed
 
 
 @pytest.mark.slow
