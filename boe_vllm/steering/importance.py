@@ -51,8 +51,7 @@ class TokenImportance(Query[FloatArray]):
     active: IntArray | None
     """Indices into `View.positions` whose attention passes a gradient (eq. 30); None: every row."""
     surrogate: Surrogate
-    """Where the entropy is linearised: at the masks ("mask"), at the soft writes of all candidates
-    ("inject"), or as `response` says."""
+    """Where the entropy is linearised: at the masks, at all soft writes, or as `response` says."""
     context: Context = "frozen"
     """For "inject": rows outside the masked ones frozen, or computed again."""
     sharpen: float = 1.0
@@ -203,8 +202,7 @@ class _Named:
     weights: Arrival
     """[O] of the rows' logits in those that are read, in float32 or better."""
     active: Arrival | None
-    """[A, 1, 1] 1 for saved rows whose attention passes a gradient (eq. 30), else 0; None for all
-    of them."""
+    """[A, 1, 1] 1 for saved rows that are active (eq. 30), else 0; None if all are."""
 
 
 def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> _Named:
