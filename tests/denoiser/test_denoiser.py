@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,12 @@ def test_it_works_where_there_is_no_vllm():
         "12+34=", policy="boe", max_tokens=8, tokens_per_step=4
     )
     assert found.stdout.strip() == str(answer.tokens)
+
+
+def test_the_example_runs():
+    example = Path(__file__).parents[2] / "examples" / "notebook.py"
+    found = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert [line for line in found.stdout.split("\n") if line.startswith("boe: ")]
+    costs = [line for line in found.stdout.split("\n") if line.startswith("cost:")]
+    assert ["'backwards': 0," in cost for cost in costs] == [True, False, True]
