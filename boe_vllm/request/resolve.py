@@ -85,6 +85,11 @@ def resolve(
         ValueError: for whatever cannot be served; the message begins with the name of the field.
     """
     _check_tokens("prompt", prompt, model.vocab_size, "use this model's tokenizer")
+    if len(prompt) >= model.max_model_len:
+        raise ValueError(
+            f"prompt: expected less than the {model.max_model_len} tokens that the context holds, "
+            f"got {len(prompt)}; shorten it"
+        )
     config = parse_sampler_config(fields, base=server.config)
     given = config.given_text.encoded(model.encode, model.vocab_size)
     config = dataclasses.replace(config, given_text=given)
