@@ -6,8 +6,7 @@ a GPU whatever its tensors hold is counted, by line of the package: kernel launc
 
 A launch is one PyTorch operation on the device that is neither a view nor an allocation. A custom
 operator of the package (`torch.library.custom_op`, namespace `boe_vllm`) is one launch, and so are
-a function that is compiled and PyTorch's attention kernels (`pretended_kernels`), since each is
-one kernel on a GPU.
+PyTorch's attention kernels (`pretended_attention`), since each is one kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pretended_kernels
+import pretended_attention
 import pretended_library as library
 import torch
 from pretended_counts import (
@@ -108,10 +107,6 @@ class Pretended(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
-    @property
-    def data(self):
-        return self.detach()
-
     def __iter__(self):
         return iter(self.unbind(0))
 
@@ -128,7 +123,7 @@ class PretendedDevice(TorchDispatchMode):
     def __enter__(self):
         global _device
         _device = self
-        self._patches.enter_context(library.without_cuda_library(self.launch))
+        self._patches.enter_context(library.without_cuda_library())
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -137,11 +132,6 @@ class PretendedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
-
-    def launch(self, kernel: Callable[..., Any], *args: Any) -> Any:
-        """Run a function of tensors as one kernel."""
-        self.counts.note(LAUNCH)
-        return _mapped(lambda x: _wrapped(x, {}), kernel(*_mapped(_held, args)))
 
     # ---- one operation -------------------------------------------------------------------------
 
@@ -200,7 +190,8 @@ class PretendedDevice(TorchDispatchMode):
             held_kwargs["pin_memory"] = False
         if _name(func) == "_pin_memory":
             return held_args[0].clone()
-        return pretended_kernels.STAND_INS.get(func, func)(*held_args, **held_kwargs)
+        stand_ins = library.STAND_INS | pretended_attention.STAND_INS
+        return stand_ins.get(func, func)(*held_args, **held_kwargs)
 
     # ---- notes ---------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ begin with a device guard that a build for the CPU does not have for CUDA.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,13 +16,23 @@ import torch
 
 from boe_vllm.attention import xformers
 from boe_vllm.attention.api import explain_auto
-from boe_vllm.models import fused, products
+from boe_vllm.models import products
 
 aten = torch.ops.aten
-
-ROWS_ALIKE = products.RowRange(fewest=64, most=4096)
-"""Between how many rows the pretended library's products treat all alike: most of an H200's."""
 _tensor = torch.tensor
+
+
+def _wide_product(
+    x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    """`torch.mm(x, y, out_dtype=dtype, out=out)`, which the CPU does not have."""
+    return torch.mm(x.to(dtype), y.to(dtype), out=out)
+
+
+STAND_INS = {aten.mm.dtype_out: _wide_product}
+
+_ALIKE = products.RowRange(64, None)
+"""What trying out products would find on a GPU; here it would be counted as part of a step."""
 
 
 def getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
@@ -68,39 +77,21 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def without_cuda_library(launch: Callable[..., Any]) -> Iterator[None]:
-    """Replace the functions that ask for it; xformers, which needs it, is said not to run.
-
-    Args:
-        launch: runs a function, which torch would compile, as one kernel.
-    """
+def without_cuda_library() -> Iterator[None]:
+    """Replace the functions that ask for it; xformers, which needs it, is said not to run."""
     torch._C._ensureCUDADeviceGuardSet()
-    _forget_machine()
+    explain_auto.cache_clear()
     with (
-        mock.patch("torch.compile", lambda piece, **_: functools.partial(launch, piece)),
-        mock.patch.object(fused, "_KNOWN", _Everything()),
-        mock.patch.object(products, "_cuda_range", lambda *_: ROWS_ALIKE),
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.current_device", lambda: 0),
         mock.patch("torch.tensor", tensor),
         mock.patch("torch.as_tensor", as_tensor),
         mock.patch.object(xformers, "refusal", lambda *_: "the device is pretended"),
+        mock.patch.object(products, "_cuda_ranges", {}),
+        mock.patch.object(products, "probe_range", lambda *_: _ALIKE),
     ):
         yield
-    _forget_machine()
-
-
-class _Everything:
-    """A set of what has been compiled already."""
-
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
-def _forget_machine() -> None:
-    """What has been found out about this machine's CUDA, or the pretended one's."""
     explain_auto.cache_clear()
-    fused._compiled.cache_clear()
 
 
 def _view(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -101,3 +101,15 @@ def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
     """Gradient of `swiglu_`, [N, 2F], of which `gate_up` is the argument before it."""
     run = fused.swiglu_backward if dy_NF.is_cuda else plain.swiglu_backward
     return run(dy_NF, gate_up_N2F)
+
+
+def chosen_rows(
+    first_KGP: tuple[Tensor, Tensor], second_TGP: tuple[Tensor, Tensor], index_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [N, G, P]: rows `index` of the first ones followed by the second."""
+    if index_N.is_cuda:
+        keys, values = fused.chosen_rows(*first_KGP, *second_TGP, index_N).unbind()
+    else:
+        pairs = zip(first_KGP, second_TGP, strict=True)
+        keys, values = (torch.cat(pair)[index_N] for pair in pairs)
+    return keys, values

@@ -221,7 +221,8 @@ def _turn(
     part = tl.program_id(1)  # 0 queries, 1 keys, 2 values
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
-    is_q, is_k, is_v = part == 0, part == 1, part == 2
+    parts = part + tl.zeros((HEADS, PAIRS), tl.int32)
+    is_q, is_k, is_v = parts == 0, parts == 1, parts == 2
     in_q = (head < H) & (pair < HALF) & is_q
     in_k = (head < G) & (pair < HALF) & is_k
     in_v = (head < G) & (pair < HALF) & is_v
@@ -279,7 +280,9 @@ def _swiglu(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr, EXACT: t
     up = tl.load(gate_up_ptr + row * (2 * F) + F + column, mask=inside, other=0.0)
     exact = gate.to(EXACT)
     activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
-    tl.store(out_ptr + row * F + column, (activated.to(EXACT) * up.to(EXACT)).to(gate.dtype), inside)
+    tl.store(
+        out_ptr + row * F + column, (activated.to(EXACT) * up.to(EXACT)).to(gate.dtype), inside
+    )
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
@@ -346,8 +349,8 @@ def _chosen_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(index_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index_ptr + row).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
     inside = column < W
     old, new = inside & (source < old_rows), inside & (source >= old_rows)
     at_old, at_new = source * W + column, (source - old_rows) * W + column

@@ -101,7 +101,11 @@ def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
 
 
 def chosen_rows(
-    keys_KGP: Tensor, values_KGP: Tensor, new_keys_TGP: Tensor, new_values_TGP: Tensor, index: Tensor
+    keys_KGP: Tensor,
+    values_KGP: Tensor,
+    new_keys_TGP: Tensor,
+    new_values_TGP: Tensor,
+    index: Tensor,
 ) -> Tensor:
     """[2, N, G, P] rows `index` of keys and of values, each followed by the new ones."""
     both = ((keys_KGP, new_keys_TGP), (values_KGP, new_values_TGP))

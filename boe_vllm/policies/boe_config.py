@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from boe_vllm.base.options import options
+from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.importance import Context, Surrogate
@@ -69,7 +69,10 @@ def _one_error(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     try:
         return validate(value)
     except ValidationError:
-        raise ValueError(f"expected a number above 0 and at most {MOST:.0f}, or 'mean'") from None
+        raise ValueError(
+            f"expected a number above 0 and at most {MOST:.0f}, or 'mean', got {shown(value)}; "
+            f"change or remove 'gain_scale'"
+        ) from None
 
 
 GainScale = Annotated[

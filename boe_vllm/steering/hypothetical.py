@@ -17,11 +17,12 @@ from boe_vllm.attention.overlay import Overlay, OverlayGroup, group_overlays, ov
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.models.decoder import Decoder
-from boe_vllm.models.functional import rms_norm
+from boe_vllm.models.functional import chosen_rows, rms_norm
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedPass
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Place, combined
+from boe_vllm.steering.replaced import ReplacedKeys, replace_keys, replaced_attention
 from boe_vllm.steering.step import DenoisingPass
 
 Tensor = torch.Tensor
@@ -73,7 +74,9 @@ class PartialRows:
     saved: Arrival
     """[Q] packed saved rows, state by state."""
     groups: list[OverlayGroup]
-    """The states by the shape of their attention."""
+    """The states by the shape of their attention, on the CPU."""
+    calls: list[ReplacedKeys]
+    """The states by the call that attends them, on a GPU."""
 
 
 def announce(current: DenoisingPass, states: Sequence[States], transfer: Transfer) -> PartialRows:
@@ -95,13 +98,15 @@ def announce(current: DenoisingPass, states: Sequence[States], transfer: Transfe
         )
         for s in states
     ]
-    groups = group_overlays(
-        overlays,
-        heads=saved.queries_AHP.shape[1],
-        row_elements=saved.keys_SGP[0].numel(),
-        transfer=transfer,
-    )
-    return PartialRows(saved=transfer.add(rows), groups=groups)
+    elements, groups, calls = saved.keys_SGP[0].numel(), [], []
+    if current.device.type == "cpu":
+        heads = saved.queries_AHP.shape[1]
+        groups = group_overlays(overlays, heads=heads, row_elements=elements, transfer=transfer)
+    else:
+        calls = replace_keys(
+            overlays, key_rows=layout.num_keys, row_elements=elements, transfer=transfer
+        )
+    return PartialRows(saved=transfer.add(rows), groups=groups, calls=calls)
 
 
 def run_partial(
@@ -132,9 +137,11 @@ def run_partial(
             observe(index, k, v)
         if index == last and not final:
             return None
-        mixed = overlay_attention(
-            q, k, v, saved.keys_SGP, saved.values_SGP, groups=rows.groups, scale=block.scale
-        )
+        given = (q, k, v, saved.keys_SGP, saved.values_SGP)
+        if x.is_cuda:
+            mixed = replaced_attention(*given, calls=rows.calls, scale=block.scale)
+        else:
+            mixed = overlay_attention(*given, groups=rows.groups, scale=block.scale)
         after, normed = block.attend(x, mixed)
         x, normed, _ = block.feed(after, normed, model.norm_after(index))
     return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
@@ -245,7 +252,4 @@ class FrozenRows(KeyValueContext):
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """[S, G, P] keys and values, [live | frozen] of every sequence."""
         old = self.first.layers[layer]
-        return (
-            torch.cat([keys_TGP, old.keys_SGP])[self.index],
-            torch.cat([values_TGP, old.values_SGP])[self.index],
-        )
+        return chosen_rows((keys_TGP, values_TGP), (old.keys_SGP, old.values_SGP), self.index)

@@ -202,8 +202,9 @@ class _Named:
     """[O] saved rows."""
     weights: Arrival
     """[O] of the rows' logits in those that are read, in float32 or better."""
-    active: Arrival
-    """[A, 1, 1] 1 for saved rows whose attention passes a gradient (eq. 30), else 0."""
+    active: Arrival | None
+    """[A, 1, 1] 1 for saved rows whose attention passes a gradient (eq. 30), else 0; None for all
+    of them."""
 
 
 def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> _Named:
@@ -211,11 +212,12 @@ def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Trans
     candidates = [current.saved_rows(m.place, m.query.candidates) for m in members]
     objective = [current.saved_rows(m.place, m.query.objective) for m in members]
     dtype = current.log_probs.hidden_RD.dtype
+    active = _active_rows(current, members)
     return _Named(
         candidates=transfer.add(np.concatenate(candidates)),
         objective=transfer.add(np.concatenate(objective)),
         weights=transfer.add(_weights(members), torch.promote_types(dtype, torch.float32)),
-        active=transfer.add(_active_rows(current, members), dtype),
+        active=None if active.all() else transfer.add(active, dtype),
     )
 
 
@@ -267,7 +269,8 @@ def _backward(
     """[A, D] gradient of the summed entropies at the saved rows' embeddings."""
     with current.clock.part("backward"):
         dhidden = _objective_gradient(current, members, named)
-        return current.model.backward(dhidden, saved, named.active.tensor, observe=observe)
+        active = None if named.active is None else named.active.tensor
+        return current.model.backward(dhidden, saved, active, observe=observe)
 
 
 def _objective_gradient(current: DenoisingPass, members: Sequence[Member], named: _Named) -> Tensor:

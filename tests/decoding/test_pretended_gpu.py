@@ -45,15 +45,11 @@ class Budget:
 
 
 BUDGETS = {
-    "confidence": Budget(layer=13, constant=51, blocking=0, waits=1, by_requests=0),
-    "joint": Budget(layer=563, constant=188, blocking=0, waits=1, by_requests=346),
-    "boe": Budget(layer=580, constant=214, blocking=0, waits=1, by_requests=342),
+    "confidence": Budget(layer=9, constant=34, blocking=0, waits=1, by_requests=0),
+    "joint": Budget(layer=43, constant=120, blocking=0, waits=1, by_requests=0),
+    "boe": Budget(layer=55, constant=142.5, blocking=0, waits=1, by_requests=0),
 }
-TARGETS = {
-    "confidence": Budget(layer=16, constant=51, blocking=2, waits=1, by_requests=0),
-    "joint": Budget(layer=60, constant=188, blocking=2, waits=1, by_requests=0),
-    "boe": Budget(layer=60, constant=214, blocking=2, waits=1, by_requests=0),
-}
+"""As measured. A few rows are filled up for products, so more requests may even take fewer."""
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +93,11 @@ def measured(policy):
 @pytest.mark.parametrize("policy", BUDGETS)
 def test_a_step_keeps_its_budget(policy):
     found, cost = measured(policy)
-    found, budget, target = map(dataclasses.asdict, (found, BUDGETS[policy], TARGETS[policy]))
+    found, budget = map(dataclasses.asdict, (found, BUDGETS[policy]))
     print(f"\n{policy}: {cost.passes / cost.steps:.1f} passes a step")
-    print(f"  {'':12s} {'measured':>8s} {'budget':>8s} {'target':>8s}")
+    print(f"  {'':12s} {'measured':>8s} {'budget':>8s}")
     for field, value in found.items():
-        print(f"  {field:12s} {value:8.1f} {budget[field]:8.1f} {target[field]:8.1f}")
+        print(f"  {field:12s} {value:8.1f} {budget[field]:8.1f}")
     for line in cost.device.counts.lines(BLOCKING, NON_BLOCKING, *WAITS):
         print(line)
     over = {field: value for field, value in found.items() if value > budget[field] + 1e-9}

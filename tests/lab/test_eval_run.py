@@ -17,7 +17,7 @@ PER_CELL = 12
 # Few requests at a time, so that items finish one after the other.
 SWEEP = [
     *("--model", "tiny", "--tasks", "sudoku4,countdown,humaneval", "--limit", str(PER_CELL)),
-    *("--policies", "confidence,boe:rho=0.5,random", "--tokens-per-step", "1,2"),
+    *("--policies", "confidence,boe:rho=0.5:bypass=null,random", "--tokens-per-step", "1,2"),
     *("--temperature", "0.7", "--seed", "3", "--set", "schedule=cosine", "--trace"),
     *("--gen-length", "16", "--engine-args", '{"max_num_seqs": 4}'),
 ]

@@ -1,12 +1,15 @@
 """The operators for CUDA equal the pieces operation by operation, whatever the number of rows."""
 
 import functools
-import importlib.util
+import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from boe_vllm.models import compiled, functional, fused, plain
+from boe_vllm.models import compiled, functional, fused
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float64: 1e-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -81,42 +84,42 @@ every_operator = pytest.mark.parametrize("name", fused.SCHEMAS)
 ROWS = pytest.mark.parametrize("rows", [0, 1, 2, 7])
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """Triton's kernels, run by its interpreter."""
+def test_kernels_in_the_interpreter():
+    """Triton's interpreter runs the kernels on the CPU, in a process that begins with it."""
     pytest.importorskip("triton")
-    spec = importlib.util.find_spec("boe_vllm.models.kernels")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestKernels"]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
-@DTYPES
-@every_operator
-@ROWS
-def test_a_kernel_equals_the_same_operation_by_operation(interpreted, name, dtype, rows):
-    check(name, getattr(interpreted, name), rows, dtype)
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="in a process of their own")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestKernels:
+    @pytest.fixture
+    def kernels(self):
+        return importlib.import_module("boe_vllm.models.kernels")
 
+    @DTYPES
+    @every_operator
+    @ROWS
+    def test_a_kernel_equals_the_same_operation_by_operation(self, kernels, name, dtype, rows):
+        check(name, getattr(kernels, name), rows, dtype)
 
-def test_a_gradient_beside_is_added(interpreted):
-    for module in (interpreted, plain):
-        check("rms_norm_backward", module.rms_norm_backward, 5, torch.float32, beside=True)
+    def test_a_gradient_beside_is_added(self, kernels):
+        check("rms_norm_backward", kernels.rms_norm_backward, 5, torch.float32, beside=True)
 
-
-def test_extreme_logits(interpreted):
-    """Ties go to the first token, tokens that are ruled out have no part, and NaN is seen."""
-    x = torch.full((3, VOCABULARY), -1e30)
-    x[0, [4100, 17, 4999]] = 2.0
-    x[1, 4500] = 3.0
-    x[2] = torch.nan
-    argmax, best, second, entropy = interpreted.normalise_(x)
-    assert argmax[:2].tolist() == [17, 4500] and 0 <= argmax[2] < VOCABULARY
-    assert best[0].exp() == pytest.approx(1 / 3) and second[0] == best[0] and best[1] == 0
-    assert entropy[:2].tolist() == pytest.approx([torch.tensor(3.0).log().item(), 0.0])
-    assert torch.isnan(entropy[2])
+    def test_extreme_logits(self, kernels):
+        """Ties go to the first token, what is ruled out has no part, and NaN is seen."""
+        x = torch.full((3, VOCABULARY), -1e30)
+        x[0, [4100, 17, 4999]] = 2.0
+        x[1, 4500] = 3.0
+        x[2] = torch.nan
+        argmax, best, second, entropy = kernels.normalise_(x)
+        assert argmax[:2].tolist() == [17, 4500] and 0 <= argmax[2] < VOCABULARY
+        assert best[0].exp() == pytest.approx(1 / 3) and second[0] == best[0] and best[1] == 0
+        assert entropy[:2].tolist() == pytest.approx([torch.tensor(3.0).log().item(), 0.0])
+        assert torch.isnan(entropy[2])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from test_loop import NEEDED, params_of
 from test_policies import make_view, policy_of, run
 
+from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
@@ -88,9 +89,11 @@ def test_nobody_commits_eos_early(tiny, fields):
     config = tiny.config
     loop = DenoisingLoop(
         tiny,
-        mask_token_id=config.mask_token_id,
-        eos_token_id=config.eos_token_id,
-        late_tokens=frozenset({config.eos_token_id}),
+        special=SpecialTokens(
+            mask=config.mask_token_id,
+            eos=config.eos_token_id,
+            late=frozenset({config.eos_token_id}),
+        ),
         device=torch.device("cpu"),
     )
     task = TASKS["addition"]

@@ -64,17 +64,17 @@ BUDGET: Code = {
 its operands once."""
 
 FUSED: Code = {
-    "forward": Footprint(layer=13, once=10, row_D=44, row_F=6, filled=FILLED),
-    "saving": Footprint(layer=17, once=12, row_D=44, row_F=6, filled=FILLED),
-    "partial": Footprint(layer=41, once=2, row_D=100, row_F=6, filled=FILLED),
-    "backward": Footprint(layer=21, once=12, row_D=80, row_F=24, filled=FILLED),
-    "observed": Footprint(layer=37, once=13, row_D=140, row_F=24, filled=FILLED),
-    "logits": Footprint(once=41, row_V=66, filled=FILLED),
+    "forward": Footprint(layer=9, once=11, row_D=44, row_F=6, filled=FILLED),
+    "saving": Footprint(layer=13, once=13, row_D=44, row_F=6, filled=FILLED),
+    "partial": Footprint(layer=14, once=2, row_D=100, row_F=6, filled=FILLED),
+    "backward": Footprint(layer=16, once=12, row_D=80, row_F=24, filled=FILLED),
+    "observed": Footprint(layer=32, once=13, row_D=140, row_F=24, filled=FILLED),
+    "logits": Footprint(once=23, row_V=66, filled=FILLED),
     "soft writes": Footprint(once=9, row_V=22, filled=FILLED),
     "gradient": Footprint(once=5, row_V=44, filled=FILLED),
 }
-"""Norms, rotation and activation are one kernel each. A partial pass is that of one request: it
-launches more for several whose lengths differ."""
+"""Norms, rotation and activation are one kernel each, and so is the attention of a partial pass,
+for any number of requests."""
 
 CODES: Mapping[str, Code] = {"unfused": UNFUSED, "fused": FUSED, "budget": BUDGET}
 """By the names that measurements carry."""

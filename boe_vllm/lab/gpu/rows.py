@@ -121,24 +121,38 @@ def _functions(width: int, inner: int) -> Mapping[str, tuple[int, Callable[[Tens
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
 
-    def turned(x: Tensor, back: bool = False) -> Tensor:
+    def angles(x: Tensor) -> Tensor:
         # Every row has the same position, so that its place in the batch does not matter.
         positions = torch.full((len(x),), 300, device=x.device)
-        tables = functional.rotary_tables(positions, width // heads, 5e5, x.dtype)
-        return functional.rotate(x.view(len(x), heads, -1), tables, back=back).flatten(1)
+        return functional.rotary_tables(positions, width // heads, 5e5, x.dtype)
+
+    def split_rotated(x: Tensor) -> Tensor:
+        q, kv = functional.split_rotated(x, angles(x), heads, heads)
+        return torch.cat([q, *kv.unbind()], dim=1).flatten(1)
+
+    def join_rotated_back(x: Tensor) -> Tensor:
+        parts = x.unflatten(1, (3, heads, -1)).unbind(1)
+        return functional.join_rotated_back(*parts, angles(x))
+
+    def add_norm(x: Tensor) -> Tensor:
+        rows, added = halves(x)
+        both = functional.add_rms_norm_(rows.contiguous(), added, weight(x), EPS)
+        return torch.cat(both, dim=1)
 
     def norm_backward(x: Tensor) -> Tensor:
         gradient, rows = halves(x)
-        return functional.rms_norm_backward(gradient.contiguous(), rows, weight(x), EPS)
+        beside = rows.flip(1)
+        return functional.rms_norm_backward(gradient.contiguous(), rows, weight(x), EPS, beside)
 
     def swiglu_backward(x: Tensor) -> Tensor:
         return functional.swiglu_backward(x[:, :inner].contiguous(), x[:, inner:])
 
     return {
         "rms_norm": (width, lambda x: functional.rms_norm(x, weight(x), EPS)),
+        "add_rms_norm": (2 * width, add_norm),
         "rms_norm_backward": (2 * width, norm_backward),
-        "rotate": (width, turned),
-        "rotate back": (width, lambda x: turned(x, back=True)),
+        "split_rotated": (3 * width, split_rotated),
+        "join_rotated_back": (3 * width, join_rotated_back),
         "swiglu": (2 * inner, functional.swiglu_),
         "swiglu_backward": (3 * inner, swiglu_backward),
     }

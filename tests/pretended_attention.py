@@ -1,7 +1,7 @@
-"""Kernels that PyTorch has for CUDA only, by dense arithmetic, for the pretended device.
+"""PyTorch's attention kernels for CUDA by dense arithmetic, for the pretended device.
 
-The formats are those of the kernels. Attention is of variable lengths only: `cum_seq` or
-`cu_seqlens` give the first row of each sequence and the total.
+Their formats are the kernels'. Variable lengths only: `cum_seq` or `cu_seqlens` give the first row
+of each sequence and the total.
 """
 
 from __future__ import annotations
@@ -204,14 +204,7 @@ def _check_lengths(starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int) -
     assert int(starts_q.diff().max()) <= max_q and int(starts_k.diff().max()) <= max_k
 
 
-def _mm_in_dtype(x: Tensor, weight: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
-    """`aten::mm.dtype_out`: half precision summed and given in float32."""
-    assert out_dtype == out.dtype == torch.float32
-    return torch.mm(x.float(), weight.float(), out=out)
-
-
 STAND_INS: dict[Any, Callable[..., Any]] = {
-    aten.mm.dtype_out: _mm_in_dtype,
     aten._flash_attention_forward.default: _flash_forward,
     aten._flash_attention_backward.default: _flash_backward,
     aten._efficient_attention_forward.default: _efficient_forward,
