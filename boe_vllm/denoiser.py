@@ -67,14 +67,14 @@ class Denoiser:
             model: the network, on its device.
             tokenizer: transformers' for it.
             name: for pictures and messages.
-            settings: what a server's `additional_config` may hold, such as `logits_budget_mb`, or
-                `sampler_config` with defaults of requests.
+            settings: as a server's `additional_config`: limits, and `sampler_config` of requests.
 
         Raises:
             ValueError: for a setting that is unknown or invalid.
         """
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.server = ServerSettings.read({"default_seed": 0} | dict(settings or {}))
+        model.use_attention(self.server.limits.attention_impl)
         config = model.config
         assert config.eos_token_id is not None
         late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)

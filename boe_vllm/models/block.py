@@ -36,6 +36,9 @@ Tensor = torch.Tensor
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, no biases."""
 
+    attention_impl: str = "auto"
+    """Whose kernels compute the attention; see `attention.api`."""
+
     def __init__(self, config: LLaDAConfig, layers: Layers) -> None:
         super().__init__()
         width, inner = config.d_model, config.mlp_hidden_size
@@ -127,6 +130,7 @@ class Block(nn.Module):
             saved.values_SGP,
             layout=layout.attention,
             scale=self.scale,
+            impl=self.attention_impl,
         )
         dqkv = join_rotated_back(dq, dk, dv, rotary)
         dnormed = self.sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from boe_vllm.attention import attention_forward
+from boe_vllm.attention.api import resolve
 from boe_vllm.models import weights
 from boe_vllm.models.block import Block
 from boe_vllm.models.functional import Scratch, rms_norm, rms_norm_backward, rotary_tables
@@ -61,6 +62,17 @@ class Decoder(nn.Module):
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of what every tensor-parallel rank has for its own heads."""
         return self._ranks.sum_over_ranks(x)
+
+    def use_attention(self, impl: str) -> None:
+        """Let the named implementation compute the attention.
+
+        Raises:
+            ValueError: when it is unknown, or does not take the weights' device or dtype.
+        """
+        weight = self.ln_f
+        resolve(impl, weight.device.type, weight.dtype, self.layers[0].head_size)
+        for block in self.layers:
+            block.attention_impl = impl
 
     # ---- the pass ------------------------------------------------------------------------------
 
@@ -109,7 +121,10 @@ class Decoder(nn.Module):
             assert normed is not None
             q, k, v = block.project(normed, rotary, self.scratch, places[index])
             k, v = context.merge(index, k, v)
-            mixed = attention_forward(q, k, v, layout=layout.attention, scale=block.scale)
+            impl = block.attention_impl
+            mixed = attention_forward(
+                q, k, v, layout=layout.attention, scale=block.scale, impl=impl
+            )
             after, normed = block.attend(x_TD, mixed)
             out, normed, gate_up = block.feed(
                 after, normed, self.norm_after(index), index_A if keep else None, self.scratch

@@ -84,7 +84,7 @@ def resolve(
     Raises:
         ValueError: for whatever cannot be served; the message begins with the name of the field.
     """
-    _check_tokens("prompt", prompt, model.vocab_size, "use this model's tokenizer")
+    _check_prompt(prompt, model)
     config = parse_sampler_config(fields, base=server.config)
     given = config.given_text.encoded(model.encode, model.vocab_size)
     config = dataclasses.replace(config, given_text=given)
@@ -119,6 +119,15 @@ def resolve(
     masks = plan.masks_by_block(texts, infill=list(prompt).count(model.mask_token_id))
     ahead = _check_work(request, masks, server.limits, model.eos_token_id)
     return dataclasses.replace(request, rows_ahead=ahead)
+
+
+def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
+    _check_tokens("prompt", prompt, model.vocab_size, "use this model's tokenizer")
+    if len(prompt) >= model.max_model_len:
+        raise ValueError(
+            f"prompt: expected less than the {model.max_model_len} tokens that the context holds, "
+            f"got {len(prompt)}; shorten it"
+        )
 
 
 def _max_tokens(

@@ -104,6 +104,11 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if token_ids is None or not isinstance(params, SamplingParams):
         return params
+    if not token_ids:
+        raise VLLMValidationError(
+            "prompt: expected at least one token, got an empty prompt; send some text",
+            parameter="prompt",
+        )
     config = processor.vllm_config
     _refuse_what_would_be_ignored(params)
     check_transport(params)

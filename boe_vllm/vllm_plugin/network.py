@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from boe_vllm.attention import explain_auto
 from boe_vllm.models.decoder import Decoder
+from boe_vllm.request.limits import EngineSettings
 from boe_vllm.vllm_plugin.parallel import ParallelLayers
 
 if TYPE_CHECKING:
@@ -27,7 +28,14 @@ class LLaDAForDiffusion(Decoder):
         """As vLLM calls it; `prefix` is for models within models, which this is not."""
         super().__init__(vllm_config.model_config.hf_config, ParallelLayers())
         device, dtype = vllm_config.device_config.device_type, vllm_config.model_config.dtype
-        impl, reason = explain_auto(device, dtype, self.layers[0].head_size)
+        impl = EngineSettings.read(vllm_config.additional_config).attention_impl
+        try:
+            self.use_attention(impl)
+        except ValueError as error:
+            raise ValueError(f"attention_impl: {error}") from error
+        reason = "the server's setting"
+        if impl == "auto":
+            impl, reason = explain_auto(device, dtype, self.layers[0].head_size)
         logger.info_once("Attention is %s's: %s.", impl, reason)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

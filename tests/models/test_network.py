@@ -5,6 +5,7 @@ import pytest
 import torch
 from oracle import Dense, random_weights, small_config
 
+from boe_vllm import attention
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
 
@@ -48,6 +49,28 @@ def test_logits_of_packed_rows_equal_the_dense_oracle(changes):
         start = layout.logit_starts[n]
         got = logits[start : start + len(rows.logit_positions)]
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_the_attention_is_whose_the_server_says(monkeypatch):
+    """Forward and backward; what the device lacks is an error at the start."""
+    config = small_config()
+    model = load(config, random_weights(config))
+    layout = pack(sequences_of(config, [7, 12], keep="masked"), torch.device("cpu"))
+    hidden, saved = model.run(model.embed(layout.tokens), layout)
+    gradient = model.backward(torch.ones_like(saved.final_AD), saved, None)
+    used = []
+    load_impl = attention.api._load
+    monkeypatch.setattr(
+        attention.api, "_load", lambda name, device: used.append(name) or load_impl(name, device)
+    )
+    model.use_attention("reference")
+    again, saved = model.run(model.embed(layout.tokens), layout)
+    torch.testing.assert_close(again, hidden, atol=1e-5, rtol=0)
+    found = model.backward(torch.ones_like(saved.final_AD), saved, None)
+    torch.testing.assert_close(found, gradient, atol=1e-4, rtol=1e-4)
+    assert used == ["reference"] * 2 * config.n_layers
+    with pytest.raises(ValueError, match="impl='xformers': expected cuda tensors, got cpu"):
+        model.use_attention("xformers")
 
 
 def test_bfloat16_stays_near_the_float64_oracle():

@@ -145,6 +145,12 @@ def test_a_tokenizer_may_know_more_tokens_than_the_network():
     assert resolved(stop_token_ids=[97, EOS]).constraints.stop_token_ids == (EOS,)
 
 
+def test_a_prompt_that_leaves_no_room_is_named():
+    with pytest.raises(ValueError, match="prompt: expected less than the 64 tokens"):
+        resolved(prompt=[2] * 64)
+    assert resolved(prompt=[2] * 63, max_tokens=1).rows == 64
+
+
 def test_huge_numbers_of_masks_are_refused_before_they_are_made():
     with pytest.raises(ValueError, match="canvas_template: expected a canvas of at most 62"):
         resolved({"canvas_template": [10**15, [3]]})

@@ -161,15 +161,16 @@ def test_an_error_in_the_warm_up_ends_the_start(llm):
 
 
 def test_a_broken_checkpoint_fails_the_requests_that_meet_it(llm):
+    """A policy without soft writes, which mix the embeddings of all tokens."""
     run_until_idle(llm)
     weight = runner(llm).model.wte.weight.data
     token = ord("Z")
     kept = weight[token].clone()
-    alone = texts(llm.generate([PROMPT], params(extra_args={"policy": "boe"}), use_tqdm=False))
+    alone = texts(llm.generate([PROMPT], params(extra_args={"policy": "joint"}), use_tqdm=False))
     weight[token] = float("nan")
     try:
         prompts = ["Z+1=", PROMPT, "1Z="]
-        fields = [{"policy": "boe"}, {"policy": "boe"}, {"policy": "confidence"}]
+        fields = [{"policy": "joint"}, {"policy": "joint"}, {"policy": "confidence"}]
         outputs = llm.generate(prompts, [params(extra_args=f) for f in fields], use_tqdm=False)
     finally:
         weight[token] = kept
