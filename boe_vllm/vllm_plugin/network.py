@@ -33,10 +33,11 @@ class LLaDAForDiffusion(Decoder):
             self.use_attention(impl)
         except ValueError as error:
             raise ValueError(f"attention_impl: {error}") from error
+        chosen: str = impl
         reason = "the server's setting"
         if impl == "auto":
-            impl, reason = explain_auto(device, dtype, self.layers[0].head_size)
-        logger.info_once("Attention is %s's: %s.", impl, reason)
+            chosen, reason = explain_auto(device, dtype, self.layers[0].head_size)
+        logger.info_once("Attention is %s's: %s.", chosen, reason)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's name for `embed`."""
