@@ -58,8 +58,21 @@ BUDGET: Code = {
 `joint` at four tokens a step; norms, rotation and activation are one kernel each, which reads
 its operands once."""
 
-CODES: Mapping[str, Code] = {"unfused": UNFUSED, "budget": BUDGET}
+FUSED: Code = {
+    "forward": Footprint(layer=13, once=11, row_D=44, row_F=6),
+    "saving": Footprint(layer=17, once=13, row_D=44, row_F=6),
+    "partial": Footprint(layer=14, once=2, row_D=44, row_F=6),
+    "backward": Footprint(layer=16, once=12, row_D=80, row_F=24),
+    "observed": Footprint(layer=32, once=13, row_D=80, row_F=24),
+    "logits": Footprint(once=23, row_V=24),
+    "soft writes": Footprint(once=9, row_V=14),
+    "gradient": Footprint(once=4, row_V=20),
+}
+"""Norms with their sums, rotation, activation and the vocabulary's statistics are one kernel each.
+Of the launches in a layer, four fill up the rows of one short request for its products."""
+
+CODES: Mapping[str, Code] = {"unfused": UNFUSED, "budget": BUDGET, "fused": FUSED}
 """By the names that measurements carry."""
-CURRENT = "unfused"
+CURRENT = "fused"
 """The package as it is."""
 CODE = CODES[CURRENT]
