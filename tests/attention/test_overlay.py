@@ -6,6 +6,7 @@ import torch
 from boe_vllm.attention import overlay
 from boe_vllm.attention.overlay import Overlay, group_overlays, overlay_attention
 from boe_vllm.base.transfer import Transfer
+from boe_vllm.steering import replaced
 
 HEADS, SIZE, SCALE = 4, 8, 8**-0.5
 
@@ -65,6 +66,22 @@ def test_overlay_equals_plain_attention_over_replaced_keys(kv_heads):
     torch.testing.assert_close(
         attend(overlays, inputs), one_state_at_a_time(overlays, inputs), rtol=1e-10, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("most_elements", [1, 2**26])
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_replaced_keys_give_the_same(monkeypatch, kv_heads, most_elements):
+    monkeypatch.setattr(replaced, "_MOST_ELEMENTS", most_elements)
+    overlays, inputs = random_overlays(0, kv_heads, torch.float64, SHAPES)
+    calls = replaced.replace_keys(
+        overlays,
+        key_rows=len(inputs[3]),
+        row_elements=inputs[3][0].numel(),
+        transfer=Transfer(torch.device("cpu")),
+    )
+    assert len(calls) == (1 if most_elements > 1 else sum(o.columns_Nm.shape[0] for o in overlays))
+    got = replaced.replaced_attention(*inputs, calls=calls, scale=SCALE)
+    torch.testing.assert_close(got, one_state_at_a_time(overlays, inputs), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("most_keys", [1, 2**22])
