@@ -201,3 +201,19 @@ def without_repeats(states):
 def steps_by(tokens_per_step=None, steps=None):
     """Steps of a block by its number of masks, as the frame has them."""
     return lambda masks: steps or math.ceil(masks / tokens_per_step)
+
+
+def frame(shape):
+    """The fields of `(generated, block, tokens per step or None, steps per block or None)`."""
+    length, block, per_step, steps = shape
+    fields = {"gen_length": length, "block_length": block}
+    if steps:
+        return fields | {"steps": steps * (length // block)}
+    return fields | {"tokens_per_step": per_step}
+
+
+def label(case):
+    """A case's name: its fields' values, but for a table's path."""
+    if not isinstance(case, dict):
+        return ""
+    return "-".join(str(v) for k, v in case.items() if k != "frequencies")

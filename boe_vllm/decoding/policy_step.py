@@ -16,7 +16,7 @@ import numpy as np
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
-from boe_vllm.policies.base import Commit, Revision, View, finishing
+from boe_vllm.policies.base import Commit, Revision, View, committable, finishing
 from boe_vllm.sampling.log_probs import LogProbabilities, TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult, solve_together
@@ -73,7 +73,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
     return View(
         positions=positions,
         proposal=proposal,
-        confidence=np.where(np.isin(proposal, canvas.late_tokens), -np.inf, confidence),
+        confidence=committable(proposal, confidence, canvas.late_tokens),
         margin=statistics.margin[rows],
         entropy=statistics.entropy[rows],
         quota=blocks.quota(canvas.masked),

@@ -116,7 +116,7 @@ class View:
 
     def committable(self, proposal: IntArray, confidence: FloatArray) -> FloatArray:
         """The confidences, with -inf where the proposal may only be committed last."""
-        return np.where(np.isin(proposal, self.late_tokens), -np.inf, confidence)
+        return committable(proposal, confidence, self.late_tokens)
 
     def uniforms(self, stream: int) -> FloatArray:
         """[M] random numbers in (0, 1): a function of the request's seed, the step and position."""
@@ -208,6 +208,11 @@ class Policy(Generic[C]):
         queries, is sent their results, and returns its `Commit`.
         """
         raise NotImplementedError
+
+
+def committable(proposal: IntArray, confidence: FloatArray, late_tokens: IntArray) -> FloatArray:
+    """The confidences, with -inf where the proposal is a token that may only be committed last."""
+    return np.where(np.isin(proposal, late_tokens), -np.inf, confidence)
 
 
 def finishing(commit: Commit, view: View) -> Commit:

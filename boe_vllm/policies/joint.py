@@ -8,16 +8,21 @@ is what goes wrong when several are taken from one prediction.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, log
+from boe_vllm.policies.base import Commit, Needs, Policy, View
 from boe_vllm.policies.composition import CompositionConfig, composed
-from boe_vllm.policies.selection import CERTAIN, chain_rows, chain_set, over_all
+from boe_vllm.policies.selection import (
+    CERTAIN,
+    chain_rows,
+    chain_set,
+    over_all,
+    pool_size,
+    surest_pool,
+)
 
 if TYPE_CHECKING:
     from boe_vllm.policies.base import Asking
@@ -58,7 +63,7 @@ class JointPolicy(Policy[JointConfig]):
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """The chain's rounds over the pool."""
         due = self.config.most_due(masks, quota)
-        return chain_rows(min(masks, math.ceil(self.config.pool * due)), due)
+        return chain_rows(pool_size(masks, due, self.config.pool), due)
 
     def step(self, view: View) -> Asking:
         """The choice, with the remasking or the commit bound that the settings put on top."""
@@ -66,9 +71,6 @@ class JointPolicy(Policy[JointConfig]):
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""
-        config = self.config
-        pool = candidates_of(view, view.confidence, math.ceil(config.pool * view.quota))
-        pool = np.sort(pool)
-        scores = log(view.confidence[pool])
-        chosen, tokens = yield from chain_set(view, pool, scores, certain=config.certain)
+        pool, scores = surest_pool(view, self.config.pool)
+        chosen, tokens = yield from chain_set(view, pool, scores, certain=self.config.certain)
         return Commit(chosen=pool[chosen], tokens=tokens, scores=over_all(view, pool, scores))

@@ -6,17 +6,15 @@ an estimate of the coupling `kappa` between proposals (`steering.coupling`).
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, log, top
+from boe_vllm.policies.base import Commit, Needs, Policy, View, top
 from boe_vllm.policies.composition import CompositionConfig, composed
-from boe_vllm.policies.selection import over_all, pairwise_set
+from boe_vllm.policies.selection import over_all, pairwise_set, pool_size, surest_pool
 from boe_vllm.steering.coupling import Coupling, Estimator, Measure
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ class PairwisePolicy(Policy[PairwiseConfig]):
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """The states that the coupling is measured on."""
         config = self.config
-        pool = min(masks, math.ceil(config.pool * config.most_due(masks, quota)))
+        pool = pool_size(masks, config.most_due(masks, quota), config.pool)
         return pool * {"exact": masks, "pairs": pool}.get(config.coupling, 0)
 
     def step(self, view: View) -> Asking:
@@ -85,9 +83,7 @@ class PairwisePolicy(Policy[PairwiseConfig]):
     def choose(self, view: View) -> Asking:
         """A pool, its couplings, and the set."""
         config = self.config
-        pool = candidates_of(view, view.confidence, math.ceil(config.pool * view.quota))
-        pool = np.sort(pool)
-        scores = log(view.confidence[pool])
+        pool, scores = surest_pool(view, config.pool)
         chosen = top(scores, view.quota)
         if len(pool) > view.quota > 1:
             coupling: FloatArray = yield Coupling(

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.policies.base import View, log, top
+from boe_vllm.policies.base import View, candidates_of, log, top
 from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
 CERTAIN = 0.99
 """Probability from which a candidate joins a set without a round of its own."""
+
+
+def surest_pool(view: View, multiple: float) -> tuple[IntArray, FloatArray]:
+    """The surest positions, so many times the tokens due: indices, ascending, and ln p, [C] each.
+
+    What may only be committed last is among them only where it has to make up the `b`; its ln p is
+    -inf.
+    """
+    count = math.ceil(multiple * view.quota)
+    pool = np.sort(candidates_of(view, view.confidence, count))
+    return pool, log(view.confidence[pool])
+
+
+def pool_size(masks: int, due: int, multiple: float) -> int:
+    """Most positions in a `surest_pool` of so many masks, for so many tokens due."""
+    return min(masks, math.ceil(multiple * due))
 
 
 def chain_set(

@@ -12,6 +12,7 @@ import torch
 from oracle import Dense, random_weights, small_config
 from test_loop import NEEDED, finish, make_loop, params_of
 from test_policy_rules_local import COUNTS
+from toy import label
 
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
@@ -40,10 +41,6 @@ CASES = [
     ),
 ]
 FRAME = ("tokens_per_step", "schedule", "cfg_scale")
-
-
-def label(fields):
-    return "-".join(str(v) for k, v in fields.items() if k != "frequencies")
 
 
 def rule_of(fields, rule):

@@ -10,7 +10,7 @@ import slow_remasking as slow
 from test_loop import MASK as MODEL_MASK
 from test_loop import make_loop, model, params_of  # noqa: F401
 from test_policies import make_view, policy_of, run
-from toy import GRID, MASK, Driven, Toy, steps_by, without_repeats
+from toy import GRID, MASK, Driven, Toy, frame, label, steps_by, without_repeats
 
 from boe_vllm.policies.composition import leading
 from boe_vllm.request.config import parse_sampler_config
@@ -36,21 +36,9 @@ RULES = [
 SHAPES = [(12, 6, 1, None), (16, 16, 2, None), (10, 5, None, 3), (8, 8, None, 20), (9, 9, 4, None)]
 
 
-def label(case):
-    return "-".join(map(str, case.values()))
-
-
 def fields_of(rule):
     named = {"sigma_schedule" if key == "schedule" else key: value for key, value in rule.items()}
     return PLAIN | {"remask": "remdm"} | named
-
-
-def frame(shape):
-    length, block, per_step, steps = shape
-    fields = {"gen_length": length, "block_length": block}
-    if steps:
-        return fields | {"steps": steps * (length // block)}
-    return fields | {"tokens_per_step": per_step}
 
 
 def ranked(confidence, count, rho=0.5):

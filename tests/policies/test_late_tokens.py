@@ -7,6 +7,7 @@ import slow_decoding
 import torch
 from test_loop import NEEDED, params_of
 from test_policies import make_view, policy_of, run
+from toy import label
 
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
@@ -30,10 +31,6 @@ CASES = [{"policy": name} for name in sorted(POLICY_NAMES - set(NEEDED))] + [
     {"policy": "eb", "gamma": 3.0},
     {"policy": "lookum", "pool_size": 20, "paths": 3},
 ]
-
-
-def label(fields):
-    return "-".join(map(str, fields.values()))
 
 
 class Watched:

@@ -9,6 +9,7 @@ import local_rules as rules
 import numpy as np
 import pytest
 from test_policies import make_view, policy_of, run
+from toy import label
 
 from boe_vllm.policies import origin
 from boe_vllm.policies.eb import bounded_count
@@ -67,10 +68,6 @@ CASES = [
         lambda m: rules.klass(m, 0.25, 0.5, 1),
     ),
 ]
-
-
-def label(fields):
-    return "-".join(str(v) for k, v in fields.items() if k != "frequencies")
 
 
 def random_state(rng):

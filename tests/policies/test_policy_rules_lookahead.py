@@ -9,7 +9,7 @@ import pytest
 import slow_remasking as slow
 import torch
 from test_policies import make_view, policy_of, run
-from toy import GRID, MASK, Driven, Toy, steps_by
+from toy import GRID, MASK, Driven, Toy, label, steps_by
 
 from boe_vllm.policies.lookum import importance
 from boe_vllm.request.config import parse_sampler_config
@@ -54,10 +54,6 @@ CASES = [
 ]
 SHAPES = [(10, 5, 1), (8, 8, 2), (9, 9, 4), (7, 7, 5), (3, 1, 1)]
 # (generated, block, tokens per step)
-
-
-def label(case):
-    return "-".join(map(str, case.values())) if isinstance(case, dict) else ""
 
 
 def settings_of(fields):

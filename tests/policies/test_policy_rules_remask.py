@@ -11,7 +11,7 @@ import torch
 from oracle import Dense, random_weights, small_config
 from test_loop import EOS, finish, make_loop, params_of
 from test_loop import MASK as MODEL_MASK
-from toy import GRID, MASK, Driven, Toy, steps_by, without_repeats
+from toy import GRID, MASK, Driven, Toy, frame, label, steps_by, without_repeats
 
 from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.models.build import random_model
@@ -56,18 +56,6 @@ SHAPES = [
     (6, 6, None, 1),
     (9, 9, 2, None),
 ]
-
-
-def label(case):
-    return "-".join(map(str, case.values())) if isinstance(case, dict) else ""
-
-
-def frame(shape):
-    length, block, per_step, steps = shape
-    fields = {"gen_length": length, "block_length": block}
-    if steps:
-        return fields | {"steps": steps * (length // block)}
-    return fields | {"tokens_per_step": per_step}
 
 
 @pytest.mark.parametrize("fields, rule, settings", CASES, ids=label)

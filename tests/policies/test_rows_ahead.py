@@ -4,6 +4,7 @@ import math
 
 import pytest
 from test_loop import NEEDED, VARIANTS, make_loop, model, params_of  # noqa: F401
+from toy import label
 
 from boe_vllm.request.plan import tokens_due
 
@@ -39,10 +40,6 @@ def largest_due(kind, masks, steps):
         due = tokens_due(kind, masks=masks, steps=steps, step=step, written=written)
         most, written = max(most, min(due, masks - written)), written + due
     return most
-
-
-def label(fields):
-    return "-".join(str(v) for k, v in fields.items() if k != "frequencies")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from oracle import Dense, random_weights, small_config
 from test_importance import make_pass, next_step
 from test_loop import EOS, MASK, finish, make_loop, params_of
-from test_policy_rules_lookahead import label, settings_of
-from toy import Driven, Toy, steps_by
+from test_policy_rules_lookahead import settings_of
+from toy import Driven, Toy, label, steps_by
 
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
