@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.decoding.accounting import (
     Account,
     TokenLogprobs,
@@ -76,7 +76,7 @@ class Canvas:
         self.policy = params.policy(special.eos)
         self.prompt_len = len(prompt)
         self.tokens = self._tokens(prompt)
-        self.masked = self.tokens == special.mask
+        self.masked = self._masks()
         self.given = ~self.masked
         never = special.eos if frame.logits_eos_inf else None
         self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
@@ -116,6 +116,12 @@ class Canvas:
         given = [*prompt, *template]
         tokens[: len(given)] = given
         return tokens
+
+    def _masks(self) -> BoolArray:
+        masks = self.tokens == self.special.mask
+        if not self.config.frame.infill:  # then one in the prompt is a token like any other
+            masks[: self.prompt_len] = False
+        return masks
 
     @property
     def done(self) -> bool:

@@ -96,8 +96,9 @@ def resolve(
     )
     server.limits.check("gen_length", plan.gen_length)
     server.limits.check("trace", plan.gen_length * config.frame.trace)
+    infill = _masks_to_write(prompt, config, server.limits, model)
     if given.choices is not None:
-        _check_choices(config, prompt, sampling, model.mask_token_id)
+        _check_choices(config, infill, sampling, model.mask_token_id)
     # Only now is the template known to fit.
     template = np.array(given.template(model.mask_token_id) or [], np.int64)
     texts = np.flatnonzero(template != model.mask_token_id).tolist()
@@ -116,9 +117,18 @@ def resolve(
         text_end=text_end,
         rows=(len(prompt) + plan.gen_length) * _passes(config),
     )
-    masks = plan.masks_by_block(texts, infill=list(prompt).count(model.mask_token_id))
+    masks = plan.masks_by_block(texts, infill=infill)
     ahead = _check_work(request, masks, server.limits, model.eos_token_id)
     return dataclasses.replace(request, rows_ahead=ahead)
+
+
+def _masks_to_write(
+    prompt: Sequence[int], config: SamplerConfig, limits: EngineSettings, model: ModelFacts
+) -> int:
+    """Masks of the prompt that the request wants written."""
+    masks = list(prompt).count(model.mask_token_id) * config.frame.infill
+    limits.check("prompt", masks)
+    return masks
 
 
 def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
@@ -199,9 +209,7 @@ _NEUTRAL_FOR_CHOICES: dict[str, Any] = {
 }
 
 
-def _check_choices(
-    config: SamplerConfig, prompt: Sequence[int], sampling: SamplingFields, mask: int
-) -> None:
+def _check_choices(config: SamplerConfig, infill: int, sampling: SamplingFields, mask: int) -> None:
     for name, neutral in _NEUTRAL_FOR_CHOICES.items():
         value = getattr(sampling, name)
         if value != neutral and not (neutral is not None and not value):
@@ -209,7 +217,7 @@ def _check_choices(
                 f"{name}: expected none beside choices, got {shown(value)}; remove one of them"
             )
     answers = config.given_text.answers() or []
-    if mask in prompt or any(mask in answer for answer in answers):
+    if infill or any(mask in answer for answer in answers):
         raise ValueError(
             "choices: expected no masks in the prompt and the answers, got some; remove them"
         )

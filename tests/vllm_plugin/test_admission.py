@@ -201,6 +201,16 @@ def test_a_token_outside_the_vocabulary_is_refused(config, token):
         admitted(config, prompt=[2, token])
 
 
+def test_masks_to_write_are_bounded(config):
+    changed = copy.copy(config)
+    changed.additional_config = config.additional_config | {"max_infill": 2}
+    assert admitted(changed, prompt=[2, 49, 49])
+    assert admitted(changed, prompt=[2, 49, 49, 49], extra_args={"infill": False})
+    with pytest.raises(VLLMValidationError, match="prompt: expected at most 2 masks to write") as e:
+        admitted(changed, prompt=[2, 49, 49, 49])
+    assert e.value.parameter == "prompt"
+
+
 def test_a_mask_in_the_prompt_is_admitted(config):
     assert admitted(config, prompt=[2, 49, 3], max_tokens=4)[0].gen_length == 4
 
