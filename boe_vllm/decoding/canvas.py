@@ -21,6 +21,7 @@ from boe_vllm.decoding.accounting import (
     TokenLogprobs,
     Trace,
     given_logprobs,
+    infilled_runs,
     token_logprobs,
 )
 from boe_vllm.decoding.blocks import Blocks
@@ -29,7 +30,7 @@ from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.constraints import CanvasConstraints, Constraint
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.guidance import Guidance
@@ -78,17 +79,16 @@ class Canvas:
         self.tokens = self._tokens(prompt)
         self.masked = self._masks()
         self.given = ~self.masked
-        never = special.eos if frame.logits_eos_inf else None
-        self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
+        self.constraints = self._rules()
         late = special.late if frame.confidence_eos_eot_inf else ()
         self.late_tokens = np.array(sorted(late), np.int64)
+        self.account, self.trace = Account(), Trace(len(self.tokens))
+        guided = frame.cfg_scale > 0
+        self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
+        self._write_certain()
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
-        self.guide = (
-            Guidance(scale=frame.cfg_scale, given=self.given) if frame.cfg_scale > 0 else None
-        )
-        self.account, self.trace = Account(), Trace(len(self.tokens))
         self.logprobs_of: dict[int, TokenLogprobs] = {}
         self.emitted = 0
         self.cache: RequestCache | None = None
@@ -123,6 +123,16 @@ class Canvas:
             masks[: self.prompt_len] = False
         return masks
 
+    def _rules(self) -> CanvasConstraints:
+        length = self.plan.gen_length
+        return CanvasConstraints(
+            self.params.constraints,
+            self.prompt_len,
+            never=self.special.eos if self.config.frame.logits_eos_inf else None,
+            length=length,
+            end=self.params.max_tokens or length,
+        )
+
     @property
     def done(self) -> bool:
         """Nothing is masked any more."""
@@ -144,10 +154,6 @@ class Canvas:
             block_positions=self.blocks.positions,
         )
 
-    def constraints_at(self, positions: IntArray) -> list[Constraint] | None:
-        """[M] what may be written at some masked positions now; None if all may be everywhere."""
-        return self.constraints.at(self.tokens, self.masked, positions)
-
     def next_step(self) -> NextStep:
         """How the step after the coming one would be computed, if it stays in this block."""
         return NextStep(
@@ -155,14 +161,9 @@ class Canvas:
             seed=self.params.seed,
             step=self.account.denoising_steps + 1,
             constraints=self.constraints,
-            top_logprobs=self.top_logprobs,
+            top_logprobs=self.params.logprobs_per_row,
             cache=self.cache_plan(ahead=1),
         )
-
-    @property
-    def top_logprobs(self) -> int:
-        """Most likely tokens that a pass must report per row; 0 if no log-probabilities are."""
-        return self.params.logprobs * max(1, self.params.top_logprobs)
 
     def release(self) -> None:
         """Give back what the request holds outside its canvas."""
@@ -217,13 +218,24 @@ class Canvas:
                     statistics, rows.start + int(index), self.params.top_logprobs, other
                 )
         self._remask(commit.remask)
+        done = self.blocks.complete(self.masked)
+        if done or not self.policy.config.rewrites:
+            self._write_certain()
         self.account.denoising_steps += 1
         self.blocks.step += 1
         self.settled = commit.settled
         self._carry(commit.carry)
-        if self.blocks.complete(self.masked):
+        if done or self.blocks.complete(self.masked):
             self.carried, self.settled = None, True
             self.blocks.advance(self.masked)
+
+    def _write_certain(self) -> None:
+        """Write what a grammar leaves no choice about, which is from now on as good as given."""
+        certain = self.constraints.certain(self.tokens, self.masked)
+        positions = np.array(list(certain), np.int64)
+        self.tokens[positions], self.masked[positions] = list(certain.values()), False
+        self.given[positions] = True
+        self.trace.note_given(positions, step=self.account.denoising_steps)
 
     def _remask(self, positions: IntArray) -> None:
         sent = (positions >= self.prompt_len) & (positions < self.prompt_len + self.emitted)
@@ -281,17 +293,8 @@ class Canvas:
         if self.config.frame.trace:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         if not self.given[: self.prompt_len].all():
-            report["infill"] = self._infill()
+            given, masked = (at[: self.prompt_len] for at in (self.given, self.masked))
+            report["infill"] = infilled_runs(self.tokens, given, masked)
         if isinstance(self.policy, ChoicesPolicy):
             report |= self.policy.report(self.memory)
         return report
-
-    def _infill(self) -> list[dict[str, Any]]:
-        """What was written into the prompt, one entry for each run of masks."""
-        places = np.flatnonzero(~self.given[: self.prompt_len])
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        return [
-            {"position": int(run[0]), "tokens": self.tokens[run].tolist()}
-            for run in runs
-            if not self.masked[run].any()
-        ]

@@ -38,6 +38,8 @@ class EngineSettings:
     """Tokens of a canvas where a request gives neither `max_tokens` nor a length of its own."""
     default_seed: Seed | None = None
     """Seed of requests that give none. Default: a fresh one for each."""
+    grammar_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Seconds that the automaton of a request's grammar may take to make."""
     watchdog_interval_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     """Seconds between two questions to the engine whether it still takes requests, which `/health`
     tells; 0 asks none."""

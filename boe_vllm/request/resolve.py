@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.given_text import Encode
+from boe_vllm.request.grammar import Grammar, Vocabulary, under_grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -45,6 +46,8 @@ class SamplingFields:
     """Each in tokens."""
     stop_token_ids: Collection[int] = ()
     """Every token that ends the request, the end of text included."""
+    grammar: Grammar | None = None
+    """What the output must be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,8 @@ class ModelFacts:
     eos_token_id: int
     encode: Encode | None = None
     """Token ids of a text, without special tokens; None where there is no tokenizer."""
+    vocabulary: Callable[[], Vocabulary] | None = None
+    """The tokens as bytes; None where there is no tokenizer."""
 
 
 def resolve(
@@ -100,8 +105,7 @@ def resolve(
     if given.choices is not None:
         _check_choices(config, infill, sampling, model.mask_token_id)
     # Only now is the template known to fit.
-    template = np.array(given.template(model.mask_token_id) or [], np.int64)
-    texts = np.flatnonzero(template != model.mask_token_id).tolist()
+    texts = given.places_of_text(model.mask_token_id)
     text_end = texts[-1] + 1 if texts else 0
     max_tokens = _max_tokens(config, plan, sampling, own=fields.get("gen_length") is not None)
     request = ResolvedRequest(
@@ -119,7 +123,8 @@ def resolve(
     )
     masks = plan.masks_by_block(texts, infill=infill)
     ahead = _check_work(request, masks, server.limits, model.eos_token_id)
-    return dataclasses.replace(request, rows_ahead=ahead)
+    request = dataclasses.replace(request, rows_ahead=ahead)
+    return under_grammar(sampling.grammar, request, model, server.limits.grammar_timeout_s)
 
 
 def _masks_to_write(

@@ -201,12 +201,21 @@ def _create_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if is_ours(self.vllm_config):
-            from boe_vllm.vllm_plugin.admission import admit_request
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not is_ours(self.vllm_config):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        from boe_vllm.vllm_plugin.admission import admit_request
 
-            admit_request(request, self.vllm_config)
+        grammar = getattr(params, "structured_outputs", None)
+        if grammar is not None:  # vLLM would make it one of a backend of its own
+            params = params.clone()
+            params.structured_outputs = None
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if grammar is not None:
+            request.sampling_params.structured_outputs = grammar
+        admit_request(request, self.vllm_config)
         return request
 
     return process_inputs

@@ -8,6 +8,7 @@ engine takes no requests is not healthy.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from types import ModuleType
@@ -99,6 +100,7 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
     async def create_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if hooks.is_ours(self.engine_client.vllm_config):
             _refuse_old_grammars(request)
+            await _compile_grammar(self.engine_client.vllm_config, request)
         return await original(self, request, *args, **kwargs)
 
     return create_completion
@@ -108,6 +110,7 @@ def _create_chat(original: Callable[..., Any]) -> Callable[..., Any]:
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if hooks.is_ours(self.engine_client.vllm_config):
             _refuse_old_grammars(request)
+            await _compile_grammar(self.engine_client.vllm_config, request)
             request.vllm_xargs = {"infill": False} | (request.vllm_xargs or {})
         return await original(self, request, *args, **kwargs)
 
@@ -124,6 +127,26 @@ def _refuse_old_grammars(request: Any) -> None:
                 f"{_GRAMMARS[name]} instead",
                 parameter=name,
             )
+
+
+async def _compile_grammar(vllm_config: Any, request: Any) -> None:
+    """Have a grammar's automaton made outside the server's loop, which others wait for. What is
+    wrong with the request is said later, when it is resolved."""
+    with contextlib.suppress(Exception):
+        asked = request.to_sampling_params(1, {}).structured_outputs
+        if asked is not None:
+            await asyncio.to_thread(_compile, asked, vllm_config)
+
+
+def _compile(asked: Any, vllm_config: Any) -> None:
+    from boe_vllm.request.grammar import compiled
+    from boe_vllm.vllm_plugin.admission import model_facts, server_settings
+    from boe_vllm.vllm_plugin.grammars import grammar_of
+
+    grammar, model = grammar_of(asked), model_facts(vllm_config.model_config)
+    if grammar is not None and model.vocabulary is not None:
+        timeout = server_settings(vllm_config).limits.grammar_timeout_s
+        compiled(grammar, model.vocabulary(), model.eos_token_id, timeout=timeout)
 
 
 def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:

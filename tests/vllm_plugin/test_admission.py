@@ -79,7 +79,6 @@ def request_of(params, prompt=PROMPT, **changes):
         {"prompt_logprobs": 1},
         {"logprob_token_ids": [1]},
         {"prompt_logprob_token_ids": np.zeros((9, 1), np.int64)},
-        {"structured_outputs": StructuredOutputsParams(choice=["a"])},
         {"trace_decode_token_ids": [1]},
         {"thinking_token_budget": 5},
     ],
@@ -92,6 +91,8 @@ def test_a_field_without_meaning_here_is_refused_by_name(config, fields):
     assert error.value.parameter == name
 
 
+CHOICE = {"structured_outputs": StructuredOutputsParams(choice=["a"])}
+GRAMMAR = {"structured_outputs": StructuredOutputsParams(grammar='root ::= "a"')}
 BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
 
 
@@ -115,6 +116,9 @@ BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
         (PROMPT, {}, {"choices": [[3], [3]]}, "choices: expected answers that differ"),
         (PROMPT, {}, {"canvas_template": [[3]]}, "canvas_template: expected a number of masks"),
         (PROMPT, {}, {"canvas_template": [60]}, "canvas_template: .*at most 54"),
+        (PROMPT, CHOICE, {}, "structured_outputs: expected a server with a tokenizer"),
+        (PROMPT, CHOICE, {"choices": [[3]]}, "choices: expected none beside a grammar"),
+        (PROMPT, GRAMMAR, {}, "structured_outputs: expected json, .* got grammar="),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import jsonschema
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -133,9 +134,15 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, name, stream):
         ({"repetition_penalty": 1.5}, "repetition_penalty"),
         ({"echo": True, "logprobs": 1}, "prompt_logprobs"),
         ({"use_beam_search": True, "n": 2}, "use_beam_search"),
-        ({"structured_outputs": {"regex": "[0-9]+"}}, "structured_outputs.*canvas_template"),
-        ({"structured_outputs": {"choice": ["1", "2"]}}, "structured_outputs.*choices"),
-        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "[0-9]{9}"}}, "max_tokens: expected at least 9"),
+        ({"structured_outputs": {"regex": "[0-9"}}, "structured_outputs: .*regex that a finite"),
+        ({"structured_outputs": {"json": {"minimum": 3}}}, "no 'minimum' in a schema"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs: .* got grammar"),
+        ({"structured_outputs": {"regex": "a+"}, "bad_words": ["aa"]}, "bad_words: expected none"),
+        (
+            {"structured_outputs": {"regex": "a+"}, "allowed_token_ids": [49]},
+            "structured_outputs: .* that no canvas can satisfy",
+        ),
         ({"logit_bias": {"99999": 3}}, "logit_bias"),
         ({"allowed_token_ids": [51], "bad_words": ["3"]}, "allowed_token_ids"),
         ({"vllm_xargs": {"choices": ["1", "2"], "policy": "boe"}}, "choices"),
@@ -551,3 +558,77 @@ def test_a_bad_field_of_a_response_is_a_400(url, stream):
     answer = httpx.post(f"{url}/v1/responses", json=body | {"vllm_xargs": {"rho": 7}}, timeout=60)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "rho")
     assert httpx.post(f"{url}/v1/responses", json=body, timeout=60).status_code == 200
+
+
+# ---- grammars ------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer"},
+        "member": {"type": "boolean"},
+        "level": {"enum": ["low", "mid", "high"]},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+        "home": {
+            "type": "object",
+            "properties": {
+                "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+                "floor": {"type": ["integer", "null"]},
+            },
+            "required": ["zip", "floor"],
+        },
+    },
+    "required": ["name", "age", "member", "level", "tags", "home"],
+}
+
+
+def as_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize("policy", ["confidence", "boe", "joint"])
+def test_json_that_a_schema_asks_for_parses(url, policy):
+    """Eight fields with nesting, at temperature 1, in a stream and not, beside free requests."""
+    free = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 8, "seed": 5}
+    alone = httpx.post(f"{url}/v1/completions", json=free, timeout=60).json()["choices"][0]["text"]
+    body = {
+        "model": MODEL,
+        "prompt": "A:1+2=",
+        "max_tokens": 160,
+        "n": 3,
+        "seed": 1,
+        "temperature": 1.0,
+        "response_format": as_format(PERSON),
+        "vllm_xargs": {"policy": policy, "tokens_per_step": 8},
+    }
+    with ThreadPoolExecutor() as pool:
+        beside = [pool.submit(httpx.post, f"{url}/v1/completions", json=free) for _ in range(3)]
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+    choices = answer["choices"]
+    for choice in choices:
+        jsonschema.validate(json.loads(choice["text"]), PERSON)
+        assert choice["boe"]["denoising_steps"] < 160
+    for one in beside:
+        assert one.result().json()["choices"][0]["text"] == alone
+    texts = [""] * 3
+    for chunk in chunks_of(url, "completions", body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in choices]
+
+
+def test_other_grammars_hold_too(url):
+    def text(**asked):
+        body = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 12, "temperature": 1.0, "seed": 2}
+        answer = httpx.post(f"{url}/v1/completions", json=body | asked, timeout=60).json()
+        return answer["choices"][0]["text"]
+
+    assert re.fullmatch(
+        "[ab]{3}(-[0-9]+)?", text(structured_outputs={"regex": "[ab]{3}(-[0-9]+)?"})
+    )
+    assert text(structured_outputs={"choice": ["yes", "no (1)"]}) in ("yes", "no (1)")
+    assert isinstance(json.loads(text(response_format={"type": "json_object"})), dict)
+    template = {"canvas_template": '["ab", 3]'}
+    assert text(structured_outputs={"regex": "a[a-z]{4}"}, vllm_xargs=template).startswith("ab")
+    assert text(structured_outputs={"regex": "^a+$"}, min_tokens=7).count("a") >= 7

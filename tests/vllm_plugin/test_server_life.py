@@ -1,4 +1,5 @@
-"""A server of its own: its health while its engine does not answer, what clients see at its end.
+"""A server of its own: its health while its engine does not answer, tools, and what clients see at
+its end.
 
 The tests run in their order, and the last one ends the server.
 """
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
+from openai import OpenAI
 from server import serving
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,7 +33,9 @@ SETTINGS = {"watchdog_interval_s": 0.1, "watchdog_timeout_s": 0.5}
 
 @pytest.fixture(scope="module")
 def url():
-    with serving("--sampler", "confidence", "--additional-config", json.dumps(SETTINGS)) as server:
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    own = ("--sampler", "confidence", "--additional-config", json.dumps(SETTINGS))
+    with serving(*own, *tools) as server:
         yield server
 
 
@@ -62,6 +66,61 @@ def test_a_server_whose_engine_takes_no_requests_is_not_healthy(url):
     until_health_is(url, 200)
     answer = httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 4}, timeout=60)
     assert answer.status_code == 200
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2]}},
+                "required": ["city", "days"],
+            },
+        },
+    }
+    for name in ("weather", "traffic")
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str
+)
+def test_a_tool_is_called_with_what_its_schema_asks_for(url, choice, stream):
+    """In blocks of 16 tokens, so that a call lies in several of them."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    answer = client.chat.completions.create(
+        model=url.model,
+        messages=[{"role": "user", "content": "A:1+2="}],
+        max_tokens=120,
+        temperature=1.0,
+        seed=3,
+        tools=TOOLS,
+        tool_choice=choice,
+        stream=stream,
+        extra_body={"vllm_xargs": {"policy": "confidence", "block_length": 16}},
+    )
+    calls = {}
+    if stream:
+        for chunk in answer:
+            for call in chunk.choices[0].delta.tool_calls or () if chunk.choices else ():
+                name, arguments = calls.get(call.index, ("", ""))
+                function = call.function
+                calls[call.index] = (
+                    name + (function.name or ""),
+                    arguments + (function.arguments or ""),
+                )
+    else:
+        for n, call in enumerate(answer.choices[0].message.tool_calls):
+            calls[n] = call.function.name, call.function.arguments
+    assert calls
+    for name, arguments in calls.values():
+        assert name in ("weather", "traffic")
+        found = json.loads(arguments)
+        assert found["city"] in ("Rome", "Oslo") and found["days"] in (1, 2)
 
 
 def test_at_sigterm_clients_are_told_and_the_server_ends(url):
