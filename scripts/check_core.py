@@ -25,7 +25,7 @@ ROOMS = (
 )
 """Rooms all of whose modules work without vLLM."""
 TRITON = "boe_vllm.models.kernels"
-"""Works where Triton is installed, which comes with PyTorch for CUDA; nothing needs it elsewhere."""
+"""Works where Triton is, which comes with PyTorch for CUDA; nothing needs it elsewhere."""
 LIGHT = ("cli", "lab.eval", "lab.bench", "lab.tasks.sudoku")
 LAZY = ("vllm_plugin.plugin", "vllm_plugin.hooks")
 """Modules of other rooms that do: they import vLLM only when they are used."""

@@ -94,7 +94,7 @@ def test_registering_twice_changes_nothing():
     assert "LLaDAModelLM" in MODELS_CONFIG_MAP
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "dev"])
 def test_another_vllm_is_refused_by_version(monkeypatch, version):
     monkeypatch.setattr(versions, "installed", lambda: version)
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_another_vllm_is_refused_by_version(monkeypatch, version):
     plugin.register()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0"])
 def test_a_supported_vllm_is_accepted(monkeypatch, version):
     monkeypatch.setattr(versions, "installed", lambda: version)
     versions.check()
