@@ -13,6 +13,8 @@ python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
+# What 0.33 needs beyond 0.32's CPU build.
+"$python" -m pip install --quiet --no-deps --target "$site" orjson
 "$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$site" "vllm==$release"
 "$python" - "$site" "$release" <<'PYTHON'
 import importlib.util, pathlib, shutil, sys, zipfile
