@@ -42,6 +42,7 @@ RUN_BY = {
     r"lm_eval run --model local-completions": "tests/lab/test_lm_eval.py::test_a_request_chooses",
     r"python scripts/modules_passed.py": f"{HERE}::test_a_request_passes_the_modules",
     r"python examples/client.py": f"{PLUGIN}/test_server.py::test_the_client_example_runs",
+    r"python examples/grammar.py": f"{PLUGIN}/test_server.py::test_the_grammar_example_runs",
     r"python examples/notebook.py": "tests/denoiser/test_denoiser.py::test_the_example_runs",
     r"python examples/throughput.py": f"{HERE}::test_the_throughput_example_runs",
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",

@@ -7,8 +7,10 @@ number of cases, 2000 for a release.
 
 import json
 import os
+import re
 from collections import Counter
 
+import numpy as np
 import pydantic
 import pytest
 import torch
@@ -17,7 +19,12 @@ from hypothesis import strategies as st
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    StructuredOutputsParams,
+)
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -295,7 +302,36 @@ SETTINGS = {
     "include_stop_str_in_output": st.booleans(),
     "skip_special_tokens": st.booleans(),
     "detokenize": st.booleans(),
+    "spaces_between_special_tokens": st.booleans(),
+    "flat_logprobs": st.booleans(),
+    "watermarking": st.none() | st.booleans(),
+    "stream_interval": st.none() | st.integers(1, 5),
+    "skip_reading_prefix_cache": st.none() | st.booleans(),
+    "prompt_logprob_start": st.none() | st.integers(0, 3),
+    "routed_experts_prompt_start": st.integers(0, 3),
+    "repetition_detection": st.none()
+    | st.builds(
+        RepetitionDetectionParams,
+        max_pattern_size=st.integers(1, 4),
+        min_pattern_size=st.integers(1, 1),
+        min_count=st.integers(2, 4),
+    ),
+    "structured_outputs": st.sampled_from(
+        [
+            {"regex": "[ab]{2,}(-[0-9])?"},
+            {"choice": ["a", "bc"]},
+            {"json": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+            {"json": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}},
+            {"json_object": True},
+            {"regex": "[ab"},
+            {"regex": "\u2603{60}"},
+            {"grammar": 'root ::= "a"'},
+            {"structural_tag": "{}"},
+        ]
+    ).map(lambda fields: StructuredOutputsParams(**fields)),
 }
+# What is vLLM's own, or set beside the cases: no client chooses it.
+NOT_ASKED = {"extra_args", "output_kind", "skip_clone", "output_text_buffer_length"}
 REFUSED_SETTINGS = {
     "repetition_penalty": st.floats(0.5, 2),
     "presence_penalty": st.floats(-2, 2),
@@ -303,6 +339,8 @@ REFUSED_SETTINGS = {
     "prompt_logprobs": st.none() | st.integers(0, 5),
     "thinking_token_budget": st.integers(0, 5),
     "logprob_token_ids": st.lists(st.integers(0, 263), max_size=3),
+    "prompt_logprob_token_ids": st.just(np.zeros((2, 1), np.int64)),
+    "trace_decode_token_ids": st.lists(st.integers(0, 263), max_size=3),
 }
 # What the HTTP server's own checks leave out, and no caller of the Python interface should send.
 WRONG_TYPES = {
@@ -326,7 +364,14 @@ def settings_of_vllm(draw):
     for others in (REFUSED_SETTINGS, WRONG_TYPES):
         known = others if seldom(draw, 16) else known
     names = draw(st.lists(st.sampled_from(sorted(known)), max_size=4, unique=True))
+    if seldom(draw, 5):
+        known, names = SETTINGS | known, [*names, "structured_outputs"]
     return {name: draw(known[name]) for name in names}
+
+
+def test_every_sampling_field_of_vllm_is_tried():
+    fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert fields == {*SETTINGS, *REFUSED_SETTINGS, *NOT_ASKED}
 
 
 BYTES = st.integers(32, 126)
@@ -370,4 +415,10 @@ def test_any_request_is_refused_or_served_and_harms_nobody(
     except (*REFUSALS, OverflowError):
         ENDS["refused by vLLM's SamplingParams"] += 1
         return
-    check(llm, control, prompt, params, early=early, priority=priority)
+    served = check(llm, control, prompt, params, early=early, priority=priority)
+    regex = params.structured_outputs and params.structured_outputs.regex
+    whole = isinstance(served, RequestOutput) and params.detokenize
+    if regex and whole and not (params.stop or params.stop_token_ids):
+        ENDS["grammar"] += 1
+        for completion in served.outputs:
+            assert re.fullmatch(regex, completion.text), (params, completion)

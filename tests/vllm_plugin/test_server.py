@@ -618,6 +618,15 @@ def test_json_that_a_schema_asks_for_parses(url, policy):
     assert texts == [choice["text"] for choice in choices]
 
 
+def test_the_grammar_example_runs(url):
+    short = ["--base-url", f"{url}/v1", "--requests", "2", "--policies", "confidence", "eb"]
+    command = [sys.executable, str(EXAMPLES / "grammar.py"), *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["policy"], line["valid"]) for line in lines] == [("confidence", 2), ("eb", 2)]
+
+
 def test_other_grammars_hold_too(url):
     def text(**asked):
         body = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 12, "temperature": 1.0, "seed": 2}
