@@ -10,8 +10,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.weights import PREFIX
+from boe_vllm.models.llada import PREFIX, LLaDAConfig
 
 Tensor = torch.Tensor
 

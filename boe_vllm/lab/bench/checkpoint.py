@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from boe_vllm.lab.bench.common import DTYPES, UsageError
 from boe_vllm.models import build
 from boe_vllm.models.decoder import Decoder
-from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.weights import PREFIX
+from boe_vllm.models.llada import PREFIX, LLaDAConfig
 
 Tensors = dict[str, torch.Tensor]
 
