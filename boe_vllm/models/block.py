@@ -176,7 +176,7 @@ class Block(nn.Module):
     def _norm_heads_back_(self, dqkv_AE: Tensor, before_AXP: Tensor) -> None:
         """Turn the gradient of the normed heads into that of the heads before, in its place."""
         gradient_AXP = dqkv_AE.unflatten(1, (-1, self.head_size))[:, : before_AXP.shape[1]]
-        for part, weight in self._head_norms():
-            own, before = gradient_AXP[:, part], before_AXP[:, part]
-            flat = (x.reshape(-1, self.head_size) for x in (own, before))
-            own.copy_(rms_norm_backward(*flat, weight, self.eps).view(own.shape))
+        for heads, weight in self._head_norms():
+            own, before = gradient_AXP[:, heads], before_AXP[:, heads]
+            dy, x = (part.reshape(-1, self.head_size) for part in (own, before))
+            own.copy_(rms_norm_backward(dy, x, weight, self.eps).view(own.shape))

@@ -46,7 +46,8 @@ class Decoder(nn.Module):
         super().__init__()
         shape = config.shape()
         self.config, self.shape = config, shape
-        self.vocab_size, self.shift = shape.vocab_size, shape.shift
+        self.vocab_size = shape.vocab_size
+        self.shift: int = shape.shift
         self.wte = layers.embedding(shape.embedding_rows, shape.width)
         self.blocks = nn.ModuleList(Block(shape, layers) for _ in range(shape.layers))
         self.ln_f = nn.Parameter(torch.ones(shape.width), requires_grad=False)

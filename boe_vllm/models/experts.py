@@ -1,10 +1,11 @@
 """The routed MLP of a block: a few of many experts for every row, with its explicit backward.
 
-The published rule (inclusionAI/dInfer `modeling_fused_lladamoe.py`, and transformers' Qwen3-MoE with
+The published rule (inclusionAI/dInfer `modeling_fused_lladamoe.py`; transformers' Qwen3-MoE with
 `norm_topk_prob` false): float32 softmax over all experts, the largest `k` of the probabilities (of
 each with its constant, where the checkpoint has one), used as weights as they are. Each expert is a
 SwiGLU. Products are grouped: all rows of an expert are multiplied together, and a row has the same
-bits whatever rows are beside it. Under tensor parallelism a rank holds some columns of every expert.
+bits whatever rows are beside it. Under tensor parallelism a rank holds some columns of every
+expert.
 
 Legend: `N` any rows, `A` saved rows, `K` chosen experts of a row, `X` experts, `D` width, `F` inner
 width of an expert on this rank, `r` rows of one expert.
@@ -139,9 +140,8 @@ class RoutedMlp(nn.Module):
             activated = accurate(swiglu_(before.clone()))
             dweights[places] = (accurate(dactivated) * activated).sum(-1)
             dactivated = (accurate(dactivated) * weights[places, None]).to(dy_AD.dtype)
-            dnormed[places] = matmul_rows(
-                swiglu_backward(dactivated, before), experts.gate_up[expert]
-            )
+            dbefore = swiglu_backward(dactivated, before)
+            dnormed[places] = matmul_rows(dbefore, experts.gate_up[expert])
         dnormed = dnormed.view(rows, chosen, width)
         total = dnormed[:, 0].clone()
         for k in range(1, chosen):

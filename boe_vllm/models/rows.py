@@ -96,8 +96,8 @@ class RowLayout:
     row_positions: tuple[IntArray, ...]
     """[B] positions of each sequence's live rows in their packed order (host)."""
     read_rows: tuple[IntArray, ...]
-    """[B] where the predictions of each sequence's wanted positions are read: rows, counted from the
-    sequence's first (host)."""
+    """[B] where the predictions of each sequence's wanted positions are read: rows, counted from
+    the sequence's first (host)."""
 
     @property
     def device(self) -> torch.device:

@@ -153,8 +153,8 @@ def _read_off(
     indices = []
     for s, query in queries:
         place = current.place(s)
-        rows = current.saved_rows(place, current.read_rows(place, query.pool))
-        indices.append((transfer.add(rows), transfer.add(query.pool)))
+        read = current.saved_rows(place, current.read_rows(place, query.pool))
+        indices.append((transfer.add(read), transfer.add(query.pool)))
     found = []
     for (s, query), (rows, columns) in zip(queries, indices, strict=True):
         found.append(_attention_between(current, s, rows.tensor, columns.tensor))

@@ -64,8 +64,8 @@ class States:
     place: Place
     """Of the step's pass."""
     rows: IntArray
-    """[N, m] per state, the rows that are run, by their number at the place: a masked position's own
-    is its index."""
+    """[N, m] per state, the rows that are run, by their number at the place: a masked position's
+    own is its index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

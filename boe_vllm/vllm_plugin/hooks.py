@@ -188,7 +188,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"{asked_for[0]}: expected a masked diffusion model ({', '.join(FAMILIES)}), got "
                 f"{config.model_config.architecture} ({self.model}); remove the setting or serve "
-                f"a LLaDA checkpoint"
+                f"one of these"
             )
         return config
 

@@ -1,6 +1,7 @@
 """Dream-v0-7B, Dream-Coder-7B and DiffuCoder-7B: Qwen2's network, predictions shifted by one.
 
-NVlabs/Fast-dLLM `dream/model/modeling_dream.py`: `logits = cat([logits[:, :1], logits[:, :-1]], 1)`.
+NVlabs/Fast-dLLM `dream/model/modeling_dream.py`; its `generation_utils.py` shifts,
+`logits = cat([logits[:, :1], logits[:, :-1]], 1)`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
+
 from boe_vllm.models.families.llama import LlamaShapedConfig
 from boe_vllm.models.shape import ExpertsShape
 
@@ -49,8 +51,8 @@ class LLaDAMoEConfig(LlamaShapedConfig):
         """Raise ValueError if the network would not compute what this config describes."""
         super().check_supported()
         frequency = self.moe_layer_freq
-        if frequency not in (None, 1) and set(frequency) != {1}:
+        if frequency is not None and set(np.atleast_1d(frequency).tolist()) != {1}:
             raise ValueError(
-                f"moe_layer_freq: expected 1 for every layer, got {frequency!r}; dense layers among "
-                f"routed ones are not supported"
+                f"moe_layer_freq: expected 1 for every layer, got {frequency!r}; dense layers "
+                f"among routed ones are not supported"
             )
