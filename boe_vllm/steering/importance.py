@@ -152,8 +152,7 @@ def _second_pass(
     if any(layout.frozen_lens):
         assert first.saved is not None
         context = FrozenRows(first.saved, layout, [member.place for member in members])
-    starts = zip(layout.live_starts, members, strict=True)
-    written = [start + m.query.candidates for start, m in starts]
+    written = [layout.live_starts[n] + m.query.candidates for n, m in enumerate(members)]
     (index,) = to_device([np.concatenate(written)], first.device)
     x = model.embed(layout.tokens).clone()
     x[index] = soft_CD
