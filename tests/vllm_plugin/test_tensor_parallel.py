@@ -99,7 +99,8 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path):
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, one per rank")
 @pytest.mark.parametrize("family", ["dream", "llada-moe"])
 def test_two_ranks_of_every_switch_give_the_tokens_of_one(family, tmp_path):
-    """Biases and shift; norms of heads and experts. One key head of two is on each rank."""
+    """Biases and shift; norms of heads and experts. One key head of two is on each rank. In
+    bfloat16 random networks have near-ties that the order of a sum decides."""
     made = make(family, num_key_value_heads=2, num_hidden_layers=2)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
