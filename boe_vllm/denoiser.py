@@ -22,7 +22,7 @@ from boe_vllm.base.bundled import model_path
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models import special
-from boe_vllm.models.build import load_model
+from boe_vllm.models.build import load_model, load_tokenizer
 from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
@@ -78,8 +78,7 @@ class Denoiser:
         model.use_attention(self.server.limits.attention_impl)
         config = model.config
         special.complete(config, tokenizer, self.server.limits.mask_token_id)
-        late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
-        self.special = SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late)
+        self.special = SpecialTokens.of(config)
         self.facts = ModelFacts(
             vocab_size=config.vocab_size,
             max_model_len=config.max_position_embeddings,
@@ -109,14 +108,10 @@ class Denoiser:
         Raises:
             ValueError: for a folder that is no checkpoint of a supported model.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(model_path(str(path))).expanduser()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(folder, dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), config=model.config, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(folder, model.config)
         return cls(model, tokenizer, name=folder.name, settings=settings)
 
     @property
@@ -290,13 +285,12 @@ class Denoiser:
         if reason == "length" and not result.done and len(tokens) < request.max_tokens:
             return None
         report = dict(result.report)
-        cost = {k: v for k, v in report.items() if isinstance(v, int)}
         return Generation(
             prompt_tokens=prompt,
             tokens=tokens,
             text=text,
             finish_reason=reason,
-            cost=cost,
+            cost={k: v for k, v in report.items() if isinstance(v, int)},
             trace=report.get("trace"),
             report=report,
         )

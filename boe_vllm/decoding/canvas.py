@@ -21,11 +21,13 @@ from boe_vllm.decoding.accounting import (
     TokenLogprobs,
     Trace,
     given_logprobs,
+    infilled,
     token_logprobs,
 )
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
 from boe_vllm.models.cache import CachePlan, KeyValuePool
+from boe_vllm.models.names import CheckpointConfig
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
@@ -44,6 +46,12 @@ class SpecialTokens:
     eos: int
     late: frozenset[int] = frozenset()
     """EOS and end of turn, for `confidence_eos_eot_inf`."""
+
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> SpecialTokens:
+        """Those of a checkpoint whose ids are complete (`models.special`)."""
+        mask, eos, eot = config.mask_token_id, config.eos_token_id, config.eot_token_id
+        return cls(mask=mask, eos=eos, late=frozenset({eos, eot} - {None}))
 
 
 class Canvas:
@@ -72,8 +80,7 @@ class Canvas:
         Raises:
             ValueError: when the pool has no room left.
         """
-        self.params, self.special, self.vocab_size = params, special, vocab_size
-        self.shift = shift
+        self.params, self.special, self.vocab_size, self.shift = params, special, vocab_size, shift
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
         self.policy = params.policy(special.eos)
@@ -85,7 +92,7 @@ class Canvas:
         self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
         late = special.late if frame.confidence_eos_eot_inf else ()
         self.late_tokens = np.array(sorted(late), np.int64)
-        self.masked_at_start = int(self.masked.sum())
+        self.masked_at_start, self.emitted = int(self.masked.sum()), 0
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
         self.guide = (
@@ -93,12 +100,11 @@ class Canvas:
         )
         self.account, self.trace = Account(), Trace(len(self.tokens))
         self.logprobs_of: dict[int, TokenLogprobs] = {}
-        self.emitted = 0
         self.cache: RequestCache | None = None
         if frame.cache != "none":
             assert pool is not None
-            length = len(self.tokens)
-            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length, shift)
+            room = pool, len(self.tokens)
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, *room, shift)
         self.blocks = Blocks(
             self.plan,
             frame.schedule,
@@ -121,6 +127,13 @@ class Canvas:
         return tokens
 
     @property
+    def visible(self) -> int:
+        """Positions that the model sees: those up to the current block's end, of a canvas that
+        grows."""
+        grows = self.config.frame.canvas == "growing"
+        return self.blocks.end if grows else len(self.tokens)
+
+    @property
     def done(self) -> bool:
         """Nothing is masked any more."""
         return not self.masked.any()
@@ -139,6 +152,7 @@ class Canvas:
             block=self.blocks.index,
             block_step=self.blocks.step + ahead,
             block_positions=self.blocks.positions,
+            length=self.visible,
         )
 
     def constraints_at(self, positions: IntArray) -> list[Constraint] | None:
@@ -278,17 +292,7 @@ class Canvas:
         if self.config.frame.trace:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         if not self.given[: self.prompt_len].all():
-            report["infill"] = self._infill()
+            report["infill"] = infilled(self.tokens, self.given, self.masked, self.prompt_len)
         if isinstance(self.policy, ChoicesPolicy):
             report |= self.policy.report(self.memory)
         return report
-
-    def _infill(self) -> list[dict[str, Any]]:
-        """What was written into the prompt, one entry for each run of masks."""
-        places = np.flatnonzero(~self.given[: self.prompt_len])
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        return [
-            {"position": int(run[0]), "tokens": self.tokens[run].tolist()}
-            for run in runs
-            if not self.masked[run].any()
-        ]

@@ -1,10 +1,9 @@
 """Every family's greedy tokens are those of a plain loop over transformers' own class: whole, in
 blocks, with caches that are refreshed in every step, into templates and into prompts."""
 
-import numpy as np
 import pytest
 import torch
-from families import FAMILIES, MASK, make, network
+from families import FAMILIES, MASK, make, network, plain_loop
 from test_loop import VARIANTS, finish, make_loop, params_of
 
 PROMPT = [3, 14, 15, 9, 26, 5]
@@ -14,20 +13,6 @@ SHAPES = {
     "dual": dict(block_length=4, tokens_per_step=1, cache="dual", cache_refresh=1),
     "prefix": dict(block_length=6, tokens_per_step=2, cache="prefix", cache_refresh=1),
 }
-
-
-def plain_loop(made, tokens, *, start, block, quota):
-    """LLaDA's `generate` by confidence, temperature 0: masks of each block, the surest first."""
-    tokens = np.array(tokens)
-    for begin in range(start, len(tokens), block):
-        last = begin + block
-        while (masks := np.flatnonzero(tokens[:last] == MASK)).size:
-            logits = made.logits(made.embed(tokens))[masks]
-            logits[:, MASK] = -torch.inf
-            best, token = logits.softmax(-1).max(-1)
-            for n in best.argsort(descending=True, stable=True)[:quota]:
-                tokens[masks[n]] = token[n]
-    return tokens.tolist()
 
 
 def decoded(made, prompt, fields, length=12, **more):
@@ -92,12 +77,31 @@ def test_frozen_rows_of_a_shifted_model_never_include_what_predicts_the_block(dr
     assert loop.pool.used == 0
 
 
+@pytest.mark.parametrize("family", ["illada", "dream"])
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache": "dual", "cache_refresh": 1}, {"cache": "prefix", "cache_refresh": 1}]
+)
+def test_a_growing_canvas_shows_no_mask_beyond_the_block(family, cache):
+    """A block is appended when the one before is done, as iLLaDA's authors decode."""
+    made = make(family, dtype=torch.float64, num_hidden_layers=2)
+    want = list(PROMPT)
+    for block in (4, 4, 4):
+        start = len(want)
+        want = plain_loop(made, want + [MASK] * block, start=start, block=block, quota=1)
+    assert decoded(made, PROMPT, FIELDS | cache | {"canvas": "growing"}) == want
+    whole = plain_loop(made, PROMPT + [MASK] * 12, start=len(PROMPT), block=4, quota=1)
+    assert want != whole  # the test can fail
+
+
 def test_every_policy_of_a_shifted_model_gives_alone_what_it_gives_among_all_others():
+    """Half of them on a growing canvas; tokens are drawn for every other."""
     model = network(make("dream", num_key_value_heads=2, num_hidden_layers=2))
     more = {"tokens_per_step": 2, "block_length": 5, "trace": True}
+    grows = {"canvas": "growing"}
+    asked = [fields | more | (grows if n % 4 < 2 else {}) for n, fields in enumerate(VARIANTS)]
     requests = [
-        params_of(fields | more, prompt_len=4, max_tokens=10, temperature=float(n % 2), seed=n)
-        for n, fields in enumerate(VARIANTS)
+        params_of(fields, prompt_len=4, max_tokens=10, temperature=float(n % 2), seed=n)
+        for n, fields in enumerate(asked)
     ]
     crowd = make_loop(model)
     for n, params in enumerate(requests):
