@@ -18,11 +18,12 @@ import torch
 from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.accounting import PREFIX, Counters, TokenLogprobs, total_costs
 from boe_vllm.decoding.batch import StepBatch, pack_step
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import Errors, decide, unproposed, views_of
 from boe_vllm.models.cache import CachedRows, KeyValuePool
 from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.functional import Scratch
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.distributions import VocabularyMemory

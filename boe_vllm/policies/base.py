@@ -37,6 +37,11 @@ class PolicyConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, for a policy with a field `preset`."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether the policy may mask again what it has written in a block."""
+        return False
+
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
         """The settings that some fields stand for, to be validated.

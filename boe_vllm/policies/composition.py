@@ -57,6 +57,11 @@ class CompositionConfig(RemaskingConfig):
                 f"got {self.commit!r}; remove one of them"
             )
 
+    @property
+    def rewrites(self) -> bool:
+        """With `remask`."""
+        return self.remask != "none"
+
     def most_due(self, masks: int, quota: int) -> int:
         """Most tokens that one step may write.
 

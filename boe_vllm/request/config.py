@@ -63,6 +63,8 @@ class FrameConfig:
     """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
+    infill: bool = True
+    """Write the masks inside the prompt too. In a chat only if the request itself says so."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens_per_step is not None:
@@ -190,7 +192,7 @@ def _for_choices(
     given_text: GivenText, fields: Mapping[str, Any], base: SamplerConfig
 ) -> SamplerConfig:
     """The answers decide the canvas and its steps: few fields mean anything beside them."""
-    kept = {"cfg_scale": base.frame.cfg_scale, "trace": base.frame.trace}
+    kept = {name: getattr(base.frame, name) for name in ("cfg_scale", "infill", "trace")}
     for name in fields:
         if name not in kept:
             raise ValueError(

@@ -14,6 +14,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import StepResult
+from boe_vllm.vllm_plugin import shutdown
 
 
 @dataclass
@@ -83,16 +84,19 @@ def to_logprobs(requests: Sequence[list[TokenLogprobs] | None]) -> LogprobsLists
 
 
 async def with_reasons(
-    outputs: AsyncGenerator[RequestOutput, None],
+    outputs: AsyncGenerator[RequestOutput, None], engine: Any
 ) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs; where it failed, the error says why.
+    """A request's outputs; where it failed, or the engine stops, the error says why.
 
     Raises:
         GenerationError: which the HTTP server answers with status 500 and the text.
+        GracefulHTTPError: with status 503.
     """
     async with contextlib.aclosing(outputs):  # a client that leaves ends the request at once
         async for output in outputs:
             for completion in output.outputs:
                 if completion.finish_reason == "error":
                     raise GenerationError(str(completion.stop_reason or "the request failed"))
+                if completion.finish_reason == "abort" and shutdown.stopping(engine):
+                    raise shutdown.refusal()
             yield output

@@ -1,0 +1,194 @@
+"""A server of its own: its health while its engine does not answer, tools, and what clients see at
+its end.
+
+The tests run in their order, and the last one ends the server.
+"""
+
+import asyncio
+import json
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+from server import serving
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from boe_vllm.vllm_plugin import watchdog
+from boe_vllm.vllm_plugin.watchdog import Watchdog
+
+LONG = {
+    "prompt": "A:1+2=",
+    "max_tokens": 480,
+    "temperature": 0,
+    "ignore_eos": True,
+    "vllm_xargs": {"block_length": 8},
+}
+SETTINGS = {"watchdog_interval_s": 0.1, "watchdog_timeout_s": 0.5}
+
+
+@pytest.fixture(scope="module")
+def url():
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    own = ("--sampler", "confidence", "--additional-config", json.dumps(SETTINGS))
+    with serving(*own, *tools) as server:
+        yield server
+
+
+def engine_of(url):
+    children = psutil.Process(url.process.pid).children(recursive=True)
+    (engine,) = [c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()])]
+    return engine
+
+
+def until_health_is(url, status):
+    """Ask until it is; the number of questions is bounded, and not their time."""
+    for _ in range(3000):
+        found = httpx.get(f"{url}/health", timeout=60).status_code
+        if found == status:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"/health stayed {found}")
+
+
+def test_a_server_whose_engine_takes_no_requests_is_not_healthy(url):
+    until_health_is(url, 200)
+    engine = engine_of(url)
+    engine.send_signal(signal.SIGSTOP)  # it lives, and reads nothing
+    try:
+        until_health_is(url, 503)
+    finally:
+        engine.send_signal(signal.SIGCONT)
+    until_health_is(url, 200)
+    answer = httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 4}, timeout=60)
+    assert answer.status_code == 200
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2]}},
+                "required": ["city", "days"],
+            },
+        },
+    }
+    for name in ("weather", "traffic")
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str
+)
+def test_a_tool_is_called_with_what_its_schema_asks_for(url, choice, stream):
+    """In blocks of 16 tokens, so that a call lies in several of them."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    answer = client.chat.completions.create(
+        model=url.model,
+        messages=[{"role": "user", "content": "A:1+2="}],
+        max_tokens=120,
+        temperature=1.0,
+        seed=3,
+        tools=TOOLS,
+        tool_choice=choice,
+        stream=stream,
+        extra_body={"vllm_xargs": {"policy": "confidence", "block_length": 16}},
+    )
+    calls = {}
+    if stream:
+        for chunk in answer:
+            for call in chunk.choices[0].delta.tool_calls or () if chunk.choices else ():
+                name, arguments = calls.get(call.index, ("", ""))
+                function = call.function
+                calls[call.index] = (
+                    name + (function.name or ""),
+                    arguments + (function.arguments or ""),
+                )
+    else:
+        for n, call in enumerate(answer.choices[0].message.tool_calls):
+            calls[n] = call.function.name, call.function.arguments
+    assert calls
+    for name, arguments in calls.values():
+        assert name in ("weather", "traffic")
+        found = json.loads(arguments)
+        assert found["city"] in ("Rome", "Oslo") and found["days"] in (1, 2)
+
+
+def test_at_sigterm_clients_are_told_and_the_server_ends(url):
+    waiting = {}
+
+    def wait():
+        answer = httpx.post(f"{url}/v1/completions", json=LONG, timeout=120)
+        waiting["answer"] = answer.status_code, answer.json()
+
+    plain = threading.Thread(target=wait)
+    plain.start()
+    lines = []
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=120
+    ) as answer:
+        for line in filter(None, answer.iter_lines()):
+            lines.append(line)
+            if len(lines) == 1:
+                url.process.send_signal(signal.SIGTERM)
+    plain.join(120)
+    assert url.process.wait(120) == 0
+    print(f"\nstreaming client: {lines[-2:]}\nwaiting client: {waiting}")
+    error = json.loads(lines[-2].removeprefix("data: "))["error"]
+    assert (error["code"], lines[-1]) == (503, "data: [DONE]")
+    assert "shutting down" in error["message"]
+    status, body = waiting["answer"]
+    assert status == 503 and "shutting down" in body["error"]["message"]
+
+
+# ---- the watchdog by itself ----------------------------------------------------------------------
+
+
+def test_a_watchdog_is_silent_until_the_late_answer_comes():
+    async def scenario():
+        answers = [asyncio.Event() for _ in range(3)]
+        asked = asyncio.Queue()
+
+        async def ask():
+            number = asked.qsize()
+            asked.put_nowait(number)
+            await answers[number].wait()
+
+        dog = Watchdog(ask, interval=0.0, timeout=0.001)
+        running = asyncio.create_task(dog.run())
+        answers[0].set()
+        while not dog.silent:  # the second question has no answer
+            await asyncio.sleep(0)
+        assert asked.qsize() == 2
+        answers[1].set()
+        while asked.qsize() < 3:
+            await asyncio.sleep(0)
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_watchdog_ends_with_its_engine():
+    async def scenario():
+        async def ask():
+            raise EngineDeadError()
+
+        dog = Watchdog(ask, interval=0.0, timeout=1.0)
+        await dog.run()
+        assert not dog.silent
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_server_may_do_without_a_watchdog():
+    config = SimpleNamespace(additional_config={"watchdog_interval_s": 0})
+    assert watchdog.start(SimpleNamespace(vllm_config=config)) is None
