@@ -63,6 +63,8 @@ class FrameConfig:
     """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
+    stream_canvas: bool = False
+    """Send, beside the text of a stream, the canvas itself as it fills. Streams only."""
     infill: bool = True
     """Write the masks inside the prompt too. In a chat only if the request itself says so."""
 

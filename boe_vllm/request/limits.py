@@ -43,6 +43,10 @@ class EngineSettings:
     """Seed of requests that give none. Default: a fresh one for each."""
     grammar_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """Seconds that the automaton of a request's grammar may take to make."""
+    watch: bool = False
+    """Serve the page `/watch`, on which one sees canvases fill."""
+    max_canvas_rate: Annotated[float, Field(gt=0, le=1000)] = 20.0
+    """Most snapshots of a canvas in a second, for requests with `stream_canvas`."""
     watchdog_interval_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     """Seconds between two questions to the engine whether it still takes requests, which `/health`
     tells; 0 asks none."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from boe_vllm.base.options import shown
@@ -126,6 +126,12 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
     _process_as_vllm_will(own, len(token_ids), processor)
     own.structured_outputs = grammar
     resolved = _resolve(token_ids, own, config)
+    if resolved.config.frame.stream_canvas and own.output_kind != RequestOutputKind.DELTA:
+        raise VLLMValidationError(
+            "stream_canvas: expected a stream beside it, got a request for one response; set "
+            "stream to true, or remove it",
+            parameter="stream_canvas",
+        )
     _complete(own, resolved)
     check_transport(own)
     # The next stage finds the object itself, which no client can send.

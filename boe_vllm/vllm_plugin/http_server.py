@@ -91,6 +91,7 @@ def _wrap_offline(module: ModuleType) -> None:
 def _wrap_entry(module: ModuleType) -> None:
     versions.check()
     wrap(module, "build_and_serve", {"engine_client", "sock", "args"}, _build_and_serve)
+    wrap(module, "build_app", {"args", "model_config"}, _build_app)
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -214,6 +215,18 @@ def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
         return _failed(closing)
 
     return build_and_serve
+
+
+def _build_app(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_app(args: Any, tasks: Any = None, model_config: Any = None) -> Any:
+        app = original(args, tasks, model_config)
+        if model_config is not None and model_config.architecture == hooks.ARCHITECTURE:
+            from boe_vllm.vllm_plugin import watch_page
+
+            watch_page.attach(app, args.additional_config)
+        return app
+
+    return build_app
 
 
 async def _failed(closing: Awaitable[None]) -> None:

@@ -30,6 +30,8 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """Why a request cannot go on, by request id."""
     counters: dict[str, int] = field(default_factory=dict)
     """What the worker has done since its last output; see `decoding.accounting`."""
+    snapshots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Canvases of requests that want theirs seen, by request id."""
     done: set[str] = field(default_factory=set)
     """Requests whose canvas needs no further step."""
 
@@ -53,6 +55,7 @@ def to_output(
         logprobs=to_logprobs([results[r].logprobs if r in results else None for r in req_ids]),
         reports={r: result.report for r, result in results.items() if result.report is not None},
         errors=errors,
+        snapshots={r: result.snapshot for r, result in results.items() if result.snapshot},
         done={r for r, result in results.items() if result.done and r not in errors},
     )
 

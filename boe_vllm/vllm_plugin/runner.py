@@ -81,6 +81,7 @@ class DiffusionModelRunner:
             cache_rows=rows,
             row_budget=rows,
             score_grid=self.settings.score_grid,
+            canvas_rate=self.settings.max_canvas_rate,
         )
 
     def warming_up_model(self) -> None:

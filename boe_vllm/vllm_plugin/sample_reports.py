@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 
 from vllm.outputs import RequestOutput
 
-from boe_vllm.vllm_plugin.scheduler import REPORT_KEY
+from boe_vllm.vllm_plugin.scheduler import CANVAS_KEY, REPORT_KEY
+from boe_vllm.vllm_plugin.snapshot_events import SnapshotEvents, with_snapshots
 from boe_vllm.vllm_plugin.wrapping import wrap
 
 SAMPLES_KEY = "boe_samples"
@@ -144,7 +145,8 @@ def _completed(response: Any, reports: Sequence[Report | None]) -> Any:
     for choice, report in zip(response.choices, reports, strict=True):
         if report is not None:
             setattr(choice, FIELD, report)
-    response.kv_transfer_params.pop(SAMPLES_KEY, None)
+    for name in (SAMPLES_KEY, CANVAS_KEY):
+        response.kv_transfer_params.pop(name, None)
     response.usage.completion_tokens += infilled(found)
     response.usage.total_tokens += infilled(found)
     return response
@@ -156,9 +158,11 @@ def _completed(response: Any, reports: Sequence[Report | None]) -> Any:
 class _Stream:
     """The reports of a stream's choices on their way into its last chunks."""
 
-    def __init__(self, samples: int) -> None:
-        """Of a request of so many samples for each prompt."""
-        self.samples = samples
+    def __init__(self, serving: Any, request: Any) -> None:
+        """Of a request, whose samples for each prompt are choices of their own."""
+        self.samples = request.n or 1
+        asked = (request.vllm_xargs or {}).get("stream_canvas")
+        self.snapshots = SnapshotEvents(serving.renderer.tokenizer) if asked else None
         self.waiting: dict[int, Report] = {}
         self.sent: dict[int, Report] = {}
 
@@ -166,9 +170,11 @@ class _Stream:
         """An output is about to become chunks."""
         reports = reports_of(output)
         for completion in output.outputs:
+            choice = completion.index + prompt * self.samples
             if completion.finish_reason is not None and completion.index in reports:
-                choice = completion.index + prompt * self.samples
                 self.waiting[choice] = reports[completion.index]
+            if self.snapshots is not None:
+                self.snapshots.note(choice, output)
 
     def completed(self, event: str) -> str:
         """An event with what belongs into it."""
@@ -190,7 +196,7 @@ class _Stream:
 
 async def _through(stream: _Stream, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     async with contextlib.aclosing(events):  # a client that leaves ends the request at once
-        async for event in events:
+        async for event in with_snapshots(events, stream.snapshots):
             yield stream.completed(event)
 
 
@@ -198,7 +204,7 @@ def _completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
     def completion_stream_generator(
         self: Any, request: Any, engine_inputs: Any, result_generator: Any, *args: Any, **kw: Any
     ) -> AsyncGenerator[str, None]:
-        stream = _Stream(request.n or 1)
+        stream = _Stream(self, request)
 
         async def noted() -> AsyncGenerator[tuple[int, RequestOutput], None]:
             async with contextlib.aclosing(result_generator):
@@ -215,7 +221,7 @@ def _chat_stream(original: Callable[..., Any]) -> Callable[..., Any]:
     def chat_completion_stream_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        stream = _Stream(request.n or 1)
+        stream = _Stream(self, request)
 
         async def noted() -> AsyncGenerator[RequestOutput, None]:
             async with contextlib.aclosing(result_generator):

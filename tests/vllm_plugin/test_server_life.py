@@ -5,7 +5,11 @@ The tests run in their order, and the last one ends the server.
 """
 
 import asyncio
+import itertools
 import json
+import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -28,7 +32,10 @@ LONG = {
     "ignore_eos": True,
     "vllm_xargs": {"block_length": 8},
 }
-SETTINGS = {"watchdog_interval_s": 0.1, "watchdog_timeout_s": 0.5}
+SETTINGS = {"watchdog_interval_s": 0.1, "watchdog_timeout_s": 0.5, "watch": True}
+END = "<|endoftext|>"
+CHROMIUM = shutil.which("chromium")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install it")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +128,93 @@ def test_a_tool_is_called_with_what_its_schema_asks_for(url, choice, stream):
         assert name in ("weather", "traffic")
         found = json.loads(arguments)
         assert found["city"] in ("Rome", "Oslo") and found["days"] in (1, 2)
+
+
+def events_of(url, path, body):
+    """The parsed events of a stream."""
+    body = {"model": url.model, "stream": True, "temperature": 0, "ignore_eos": True} | body
+    with httpx.stream("POST", f"{url}/v1/{path}", json=body, timeout=60) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_stream_may_show_its_canvas_as_it_fills(url, samples):
+    """To the end, whose snapshot is the text; the text is that of a stream without."""
+    body = {"prompt": "A:1+2=", "max_tokens": 24, "n": samples, "seed": 3}
+    body["temperature"] = float(samples - 1)
+    plain = events_of(url, "completions", body)
+    events = events_of(url, "completions", body | {"vllm_xargs": {"stream_canvas": True}})
+
+    def texts(events):
+        found = [""] * samples
+        for event in events:
+            for choice in event["choices"]:
+                found[choice["index"]] += choice["text"]
+        return found
+
+    assert texts(events) == texts(plain)
+    for index in range(samples):
+        seen = [e["canvas"] for e in events if "canvas" in e and e["canvas"]["index"] == index]
+        assert seen and not any(seen[-1]["masked"])
+        assert "".join(seen[-1]["texts"]).replace(END, "") == texts(plain)[index]
+        for before, after in itertools.pairwise(seen):
+            assert before["step"] < after["step"]
+            assert sum(before["masked"]) > sum(after["masked"])
+        first = seen[0]
+        assert len(first["tokens"]) == len(first["masked"]) == 24
+        named = ("positions", "proposals", "entropy", "confidence")
+        assert len({len(first[name]) for name in named}) == 1
+    assert any("boe" in choice for event in events for choice in event["choices"])
+
+
+def test_only_a_stream_shows_its_canvas(url):
+    body = {"model": url.model, "prompt": "A", "vllm_xargs": {"stream_canvas": True}}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream_canvas")
+
+
+def test_the_page_loads_nothing_from_elsewhere(url):
+    answer = httpx.get(f"{url}/watch", timeout=60)
+    policy = answer.headers["content-security-policy"]
+    assert answer.status_code == 200 and "connect-src 'self'" in policy
+    assert not re.search(r"https?://|innerHTML|eval\(|@import|url\(", answer.text)
+
+
+@needs_browser
+def test_one_watches_canvases_fill_in_a_browser(url):
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    problems = []
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        tab = opened.new_page(viewport={"width": 1200, "height": 800})
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        tab.goto(f"{url}/watch")
+        tab.fill("#policies", "confidence, boe")
+        tab.fill("#tokens", "24")
+        tab.click("#start")
+        tab.wait_for_selector("section.policy[data-done] >> nth=1", timeout=60_000)
+        panels = tab.locator("section.policy")
+        assert panels.count() == 2
+        for n in range(2):
+            cells = panels.nth(n).locator(".cell")
+            assert cells.count() == 24
+            written = cells.evaluate_all("all => all.map(e => e.classList.contains('written'))")
+            assert all(written)
+            assert "forwards" in panels.nth(n).locator(".facts").inner_text()
+        panels.nth(0).locator(".cell").nth(3).hover()
+        assert "position 3: written" in panels.nth(0).locator(".details").inner_text()
+        if folder := os.environ.get("BOE_VLLM_SCREENSHOTS"):
+            tab.screenshot(path=f"{folder}/watch.png", full_page=True)
+        tab.fill("#policies", "nope")
+        tab.click("#start")
+        tab.wait_for_function("document.getElementById('problem').textContent.includes('policy')")
+        opened.close()
+    assert all("400" in problem for problem in problems), problems
 
 
 def test_at_sigterm_clients_are_told_and_the_server_ends(url):
