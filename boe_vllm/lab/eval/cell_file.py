@@ -88,6 +88,8 @@ def digest_of(settings: Settings, checkpoint: str | None, cell: Cell) -> str:
         **{name: getattr(settings, name) for name in ("seed", "temperature", "chat")},
         "whole_canvas": settings.whole_canvas,
     }
+    if settings.grader != "strict":
+        content["grader"] = settings.grader
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
