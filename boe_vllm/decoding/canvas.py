@@ -43,7 +43,17 @@ class SpecialTokens:
     mask: int
     eos: int
     late: frozenset[int] = frozenset()
-    """EOS and end of turn, for `confidence_eos_eot_inf`."""
+    """EOS and end of turn, for `confidence_eos_eot_inf` and `eos_eot_last`."""
+
+    def constraints(self, params: ResolvedRequest, prompt_len: int) -> CanvasConstraints:
+        """What a request lets be written, with what its frame says of these tokens."""
+        frame = params.config.frame
+        return CanvasConstraints(
+            params.constraints,
+            prompt_len,
+            never=self.eos if frame.logits_eos_inf else None,
+            discounted=tuple(sorted(self.late)) if frame.confidence_eos_eot_inf else (),
+        )
 
 
 class Canvas:
@@ -78,10 +88,9 @@ class Canvas:
         self.tokens = self._tokens(prompt)
         self.masked = self.tokens == special.mask
         self.given = ~self.masked
-        never = special.eos if frame.logits_eos_inf else None
-        self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
-        late = special.late if frame.confidence_eos_eot_inf else ()
-        self.late_tokens = np.array(sorted(late), np.int64)
+        self.constraints = special.constraints(params, self.prompt_len)
+        last = frame.confidence_eos_eot_inf or frame.eos_eot_last
+        self.late_tokens = np.array(sorted(special.late) if last else [], np.int64)
         self.masked_at_start = int(self.masked.sum())
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}

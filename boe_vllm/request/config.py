@@ -57,7 +57,11 @@ class FrameConfig:
     logits_eos_inf: bool = False
     """Never propose EOS (LLaDA's option of the same name)."""
     confidence_eos_eot_inf: bool = False
-    """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
+    """Commit proposed EOS and EoT last, as LLaDA's code does at temperature 0: their logits are
+    -inf in the softmax of the confidences, so that all others are divided by
+    `1 - p_EOS - p_EOT`."""
+    eos_eot_last: bool = False
+    """Commit proposed EOS and EoT last, and leave all other confidences as they are (ours)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
 
