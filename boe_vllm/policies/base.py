@@ -37,6 +37,10 @@ class PolicyConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, for a policy with a field `preset`."""
 
+    def paced(self) -> PolicyConfig:
+        """The settings where the request says how many tokens a step writes."""
+        return self
+
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
         """The settings that some fields stand for, to be validated.

@@ -42,7 +42,8 @@ class FrameConfig:
     steps: PositiveInt | None = None
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
-    """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    """Tokens committed per denoising step; the alternative to `steps`. Default: what a policy
+    decides itself where it does, otherwise 1."""
     schedule: Schedule = "linear"
     """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
     at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
@@ -166,10 +167,14 @@ def parse_sampler_config(
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
+    frame_config = _frame(base.frame, frame, given_text)
+    built = options.build(settings_class, settings)
+    if frame_config.steps is not None or frame_config.tokens_per_step is not None:
+        built = built.paced()
     return SamplerConfig(
         policy=policy,
-        frame=_frame(base.frame, frame, given_text),
-        settings=options.build(settings_class, settings),
+        frame=frame_config,
+        settings=built,
         server=server_config,
         given_text=given_text,
     )

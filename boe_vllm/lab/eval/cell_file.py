@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from boe_vllm.lab.eval.cells import Cell
-from boe_vllm.lab.eval.presets import OWN_RATE
+from boe_vllm.lab.eval.presets import own_rate
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.statistics import mean
 from boe_vllm.request.config import ServerConfig, parse_sampler_config
@@ -51,7 +51,7 @@ class FinishedCell:
 
 def key_of(cell: Cell) -> tuple[str, str, int]:
     """The key under which a file has a cell."""
-    own = cell.fields["policy"] in OWN_RATE
+    own = own_rate(cell.fields)
     return cell.task, cell.label, 1 if own else cell.tokens_per_step
 
 
