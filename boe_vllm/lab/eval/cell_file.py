@@ -120,6 +120,11 @@ class CellFile:
                     f"remove the line, and the cell is run again"
                 ) from None
 
+    @property
+    def cells(self) -> tuple[FinishedCell, ...]:
+        """All lines, in their order."""
+        return tuple(self._cells)
+
     def find(self, cell: Cell, of: str, items: int) -> FinishedCell | None:
         """The newest line of a cell with this digest, or with none, and so many items."""
         for found in reversed(self._cells):
