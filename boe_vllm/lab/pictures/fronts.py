@@ -24,7 +24,7 @@ COSTS: dict[Cost, str] = {
     "rows": "rows through the network, forward and backward, per item",
 }
 NEAR = 0.98
-"""Share of the sequential policy's share that a chosen setting reaches on the items it is chosen on."""
+"""Part of the sequential policy's share that a chosen setting reaches where it is chosen."""
 SEQUENTIAL = "confidence"
 
 
