@@ -73,8 +73,8 @@ class Canvas:
         self.masked = self._masks()
         self.given = ~self.masked
         self.constraints = self._rules()
-        late = special.late if frame.confidence_eos_eot_inf else ()
-        self.late_tokens = np.array(sorted(late), np.int64)
+        last = frame.confidence_eos_eot_inf or frame.eos_eot_last
+        self.late_tokens = np.array(sorted(special.late) if last else [], np.int64)
         self.account, self.trace = Account(), Trace(len(self.tokens))
         guided = frame.cfg_scale > 0
         self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
@@ -116,11 +116,12 @@ class Canvas:
         return masks
 
     def _rules(self) -> CanvasConstraints:
-        length = self.plan.gen_length
+        frame, length = self.config.frame, self.plan.gen_length
         return CanvasConstraints(
             self.params.constraints,
             self.prompt_len,
-            never=self.special.eos if self.config.frame.logits_eos_inf else None,
+            never=self.special.eos if frame.logits_eos_inf else None,
+            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
             length=length,
             end=self.params.max_tokens or length,
         )
@@ -129,8 +130,7 @@ class Canvas:
     def visible(self) -> int:
         """Positions that the model sees: those up to the current block's end, of a canvas that
         grows."""
-        grows = self.config.frame.canvas == "growing"
-        return self.blocks.end if grows else len(self.tokens)
+        return self.blocks.end if self.config.frame.canvas == "growing" else len(self.tokens)
 
     @property
     def done(self) -> bool:

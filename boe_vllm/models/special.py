@@ -21,7 +21,7 @@ class SpecialTokens:
     mask: int
     eos: int
     late: frozenset[int] = frozenset()
-    """EOS and end of turn, for `confidence_eos_eot_inf`."""
+    """EOS and end of turn, for `confidence_eos_eot_inf` and `eos_eot_last`."""
 
     @classmethod
     def of(cls, config: CheckpointConfig) -> SpecialTokens:
