@@ -21,8 +21,9 @@ import torch
 from boe_vllm.base.bundled import model_path
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
+from boe_vllm.models import special
 from boe_vllm.models.build import load_model
-from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
@@ -55,7 +56,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Decoder,
+        model: DenoisingNetwork,
         tokenizer: Any,
         *,
         name: str = "model",
@@ -76,14 +77,15 @@ class Denoiser:
         self.server = ServerSettings.read({"default_seed": 0} | dict(settings or {}))
         model.use_attention(self.server.limits.attention_impl)
         config = model.config
-        assert config.eos_token_id is not None
+        special.complete(config, tokenizer, self.server.limits.mask_token_id)
         late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
         self.special = SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late)
         self.facts = ModelFacts(
             vocab_size=config.vocab_size,
-            max_model_len=config.max_sequence_length,
+            max_model_len=config.max_position_embeddings,
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
+            shift=model.shift,
             encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
         )
 

@@ -17,7 +17,7 @@ import torch
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
-from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraint_table import ConstraintTable
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
@@ -102,7 +102,7 @@ def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     written = canvas.blocks.written(canvas.masked)
     upcoming = canvas.blocks.upcoming(canvas.masked)
     if plan and plan.live_positions is not None:
-        upcoming = np.intersect1d(upcoming, plan.live_positions)
+        upcoming = readable(upcoming, plan.live_positions, canvas.shift)
     extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
     return SequenceRows(
         tokens=canvas.tokens,
@@ -111,6 +111,7 @@ def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
         keep=needs.rows,
         live_positions=plan.live_positions if plan else None,
         frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
+        shift=canvas.shift,
     )
 
 

@@ -57,6 +57,7 @@ class Canvas:
         special: SpecialTokens,
         vocab_size: int,
         pool: KeyValuePool | None = None,
+        shift: int = 0,
     ) -> None:
         """Append the masks and open the first block.
 
@@ -66,11 +67,13 @@ class Canvas:
             special: ids of the mask and of the ends of text.
             vocab_size: number of tokens.
             pool: room for frozen keys and values, if the request asks for a cache.
+            shift: rows by which a position's prediction lies before it.
 
         Raises:
             ValueError: when the pool has no room left.
         """
         self.params, self.special, self.vocab_size = params, special, vocab_size
+        self.shift = shift
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
         self.policy = params.policy(special.eos)
@@ -95,7 +98,7 @@ class Canvas:
         if frame.cache != "none":
             assert pool is not None
             length = len(self.tokens)
-            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length, shift)
         self.blocks = Blocks(
             self.plan,
             frame.schedule,

@@ -56,6 +56,8 @@ class ModelFacts:
     """Tokens of prompt and canvas together."""
     mask_token_id: int
     eos_token_id: int
+    shift: int = 0
+    """Rows by which a position's prediction lies before it."""
     encode: Encode | None = None
     """Token ids of a text, without special tokens; None where there is no tokenizer."""
 
@@ -117,7 +119,7 @@ def resolve(
         rows=(len(prompt) + plan.gen_length) * _passes(config),
     )
     masks = plan.masks_by_block(texts, infill=list(prompt).count(model.mask_token_id))
-    ahead = _check_work(request, masks, server.limits, model.eos_token_id)
+    ahead = _check_work(request, masks, server.limits, model)
     return dataclasses.replace(request, rows_ahead=ahead)
 
 
@@ -127,6 +129,12 @@ def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
         raise ValueError(
             f"prompt: expected less than the {model.max_model_len} tokens that the context holds, "
             f"got {len(prompt)}; shorten it"
+        )
+    if model.shift and (not prompt or prompt[0] == model.mask_token_id):
+        raise ValueError(
+            "prompt: expected a token before the first mask, since this model predicts a position "
+            "from the one before it, got none; begin the prompt with some text or the tokenizer's "
+            "beginning of text"
         )
 
 
@@ -163,7 +171,7 @@ def _passes(config: SamplerConfig) -> int:
 
 
 def _check_work(
-    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, eos_token_id: int
+    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, model: ModelFacts
 ) -> int:
     """Refuse too many steps and too much look-ahead; most rows of look-ahead in one step.
 
@@ -171,15 +179,20 @@ def _check_work(
         request: resolved otherwise.
         masks: masked positions of each block before its first step.
         limits: the server's.
-        eos_token_id: id of EOS.
+        model: what will decode it.
     """
     config, plan = request.config, request.plan
-    policy = request.policy(eos_token_id)
+    policy = request.policy(model.eos_token_id)
     limits.check("steps", sum(policy.step_limit(m, plan.steps_for(m)) for m in masks))
     length = request.prompt_len + plan.gen_length
-    ahead = _passes(config) * max(
-        policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
-        for m in set(masks)
+    # A supposition runs the rows at which its positions are read as well: at most one for each.
+    ahead = (
+        (1 + model.shift)
+        * _passes(config)
+        * max(
+            policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
+            for m in set(masks)
+        )
     )
     limits.check("policy", ahead)
     return ahead

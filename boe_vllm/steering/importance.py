@@ -49,7 +49,8 @@ class TokenImportance(Query[FloatArray]):
     objective: IntArray
     """[O] indices into `View.positions` whose entropies are summed."""
     active: IntArray | None
-    """Indices into `View.positions` whose attention passes a gradient (eq. 30); None: every row."""
+    """Indices into `View.positions` whose attention passes a gradient (eq. 30), at their own rows
+    and where they are read; None: every row."""
     surrogate: Surrogate
     """Where the entropy is linearised: at the masks, at all soft writes, or as `response` says."""
     context: Context = "frozen"
@@ -180,7 +181,7 @@ def _relaxed_rows(first: DenoisingPass, s: int, query: TokenImportance) -> Seque
     rows = first.sequences[s]
     live, outside = rows.live_positions, rows.frozen_rows
     if query.context == "frozen":
-        live = rows.logit_positions
+        live = rows.kept_positions
         outside = first.layout.attention.kv_seqlens[first.place(s)] - len(live)
     return SequenceRows(
         tokens=rows.tokens,
@@ -188,6 +189,7 @@ def _relaxed_rows(first: DenoisingPass, s: int, query: TokenImportance) -> Seque
         keep="all" if query.active is None else "masked",
         live_positions=live,
         frozen_rows=outside,
+        shift=rows.shift,
     )
 
 
@@ -198,7 +200,7 @@ class _Named:
     candidates: Arrival
     """[C] saved rows."""
     objective: Arrival
-    """[O] saved rows."""
+    """[O] saved rows at which the objective is read."""
     weights: Arrival
     """[O] of the rows' logits in those that are read, in float32 or better."""
     active: Arrival | None
@@ -208,7 +210,9 @@ class _Named:
 def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> _Named:
     """Find the rows, and announce them to the device."""
     candidates = [current.saved_rows(m.place, m.query.candidates) for m in members]
-    objective = [current.saved_rows(m.place, m.query.objective) for m in members]
+    objective = [
+        current.saved_rows(m.place, current.read_rows(m.place, m.query.objective)) for m in members
+    ]
     dtype = current.log_probs.hidden_RD.dtype
     active = _active_rows(current, members)
     return _Named(
@@ -231,6 +235,7 @@ def _active_rows(current: DenoisingPass, members: Sequence[Member]) -> FloatArra
             active[start : start + current.layout.saved_lens[member.place]] = 1
         else:
             active[start + member.query.active] = 1
+            active[start + current.read_rows(member.place, member.query.active)] = 1
     return active
 
 

@@ -21,7 +21,7 @@ import torch
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import to_device
 from boe_vllm.models.cache import CachedRows
-from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
 from boe_vllm.steering.guidance import guided, with_unconditional
@@ -169,7 +169,7 @@ def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> 
         elif query.observe == "all":
             elsewhere = np.setdiff1d(np.arange(len(tokens)), now.logit_positions[still])
         if live is not None:
-            elsewhere = np.intersect1d(elsewhere, live)
+            elsewhere = readable(elsewhere, live, now.shift)
         yield _State(
             query=n,
             sequence=sequence,
@@ -179,6 +179,7 @@ def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> 
                 extra_positions=elsewhere,
                 live_positions=live,
                 frozen_rows=frozen,
+                shift=now.shift,
             ),
             index=still,
             written=written if query.tokens is None else written[:0],

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import DraftTokenIds
 
-    from boe_vllm.vllm_plugin.network import LLaDAForDiffusion
+    from boe_vllm.vllm_plugin.network import DecoderForDiffusion
 
 logger = init_logger("vllm." + __name__)
 
@@ -38,7 +38,7 @@ class DiffusionModelRunner:
     """Holds the network and the denoising loop; has no key/value cache of vLLM's."""
 
     is_pooling_model = False
-    model: LLaDAForDiffusion
+    model: DecoderForDiffusion
     loop: DenoisingLoop
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class DiffusionModelRunner:
             max_requests=self.scheduler_config.max_num_seqs,
         )
 
-    def get_model(self) -> LLaDAForDiffusion:
+    def get_model(self) -> DecoderForDiffusion:
         return self.model
 
     def get_draft_model(self) -> None:
