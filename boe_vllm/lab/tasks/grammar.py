@@ -93,13 +93,13 @@ class Grammar:
                 raise ValueError(f"rule {self.start!r}: expected a word at the end of every text")
             head, rest = now.pending[0], now.pending[1:]
             if head in self.rules:
-                memory = dict(now.memory)
+                memory: dict[str, Any] = dict(now.memory)
                 chosen = list(self.rules[head](memory))
                 total = math.fsum(weight for weight, _, _ in chosen)
                 if total <= 0:
                     raise ValueError(f"rule {head!r}: expected an alternative, got none")
                 for weight, symbols, notes in chosen:
-                    after = tuple(sorted((memory | notes).items())) if notes else now.memory
+                    after = tuple(sorted({**memory, **notes}.items())) if notes else now.memory
                     open_.append((p * weight / total, State((*symbols.split(), *rest), after)))
             elif head in found:
                 raise ValueError(f"word {head!r}: expected one alternative that begins with it")
