@@ -28,6 +28,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from boe_vllm.models.build import empty_model
 from boe_vllm.models.families import config_class
 
 Tensor = torch.Tensor
@@ -112,7 +113,7 @@ class _Double:
 
 @contextlib.contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Transformers' classes norm, rotate and normalise in float32; in float64 instead for float64."""
+    """Transformers' classes compute norms and angles in float32; for float64, in float64 here."""
     if dtype != torch.float64:
         yield
         return
@@ -172,3 +173,10 @@ def published(state: dict[str, Tensor], sizes: dict[str, Any]) -> dict[str, Tens
         else:
             weights[name] = x
     return weights
+
+
+def network(made: Checkpoint) -> Any:
+    """Ours, with the checkpoint's weights, in their dtype."""
+    model = empty_model(made.config, dtype=made.embed([0]).dtype)
+    model.load_weights(made.weights.items())
+    return model

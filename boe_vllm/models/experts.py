@@ -51,13 +51,13 @@ class Experts(nn.Module):
             ValueError: when the inner width does not divide among the ranks.
         """
         super().__init__()
-        self.rank, ranks = layers.rank, layers.ranks
-        if shape.inner % ranks:
+        self.rank, self.ranks = layers.rank, layers.ranks
+        if shape.inner % self.ranks:
             raise ValueError(
                 f"tensor_parallel_size: expected a divisor of the experts' inner width "
-                f"({shape.inner}), got {ranks}; choose another"
+                f"({shape.inner}), got {self.ranks}; choose another"
             )
-        self.inner = shape.inner // ranks
+        self.inner = shape.inner // self.ranks
         gate_up = torch.empty(shape.count, 2 * self.inner, width)
         down = torch.empty(shape.count, width, self.inner)
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
@@ -69,6 +69,10 @@ class Experts(nn.Module):
         Raises:
             ValueError: for another shape than that of its place.
         """
+        width, whole = self.down.shape[1], self.inner * self.ranks
+        expected = (width, whole) if part == "down" else (whole, width)
+        if tensor.shape != expected:
+            raise ValueError(f"expected shape {expected}, got {tuple(tensor.shape)}")
         columns = slice(self.rank * self.inner, (self.rank + 1) * self.inner)
         if part == "down":
             copy_exactly(self.down.data[expert], tensor[:, columns])

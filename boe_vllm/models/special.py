@@ -25,15 +25,13 @@ def complete(config: Any, tokenizer: Any | None, mask_token_id: int | None = Non
     said = config.mask_token_id
     if said is not None and said == config.eos_token_id:
         said = None  # a config class's placeholder
-    for known in (said, getattr(tokenizer, "mask_token_id", None)):
-        if known is not None and mask_token_id not in (None, known):
-            raise ValueError(
-                f"mask_token_id: expected the checkpoint's own ({known}), got {mask_token_id}; "
-                f"remove it, or override the config with --hf-overrides "
-                f"'{{\"mask_token_id\": {mask_token_id}}}'"
-            )
-        mask_token_id = known if mask_token_id is None else mask_token_id
-    config.mask_token_id = _first(mask_token_id, published.get("mask_token_id"))
+    own = _first(said, getattr(tokenizer, "mask_token_id", None))
+    if None not in (own, mask_token_id) and own != mask_token_id:
+        raise ValueError(
+            f"mask_token_id: expected the checkpoint's own ({own}), got {mask_token_id}; remove "
+            f"it, or override the config with --hf-overrides '{{\"mask_token_id\": {mask_token_id}}}'"
+        )
+    config.mask_token_id = _first(own, mask_token_id, published.get("mask_token_id"))
     config.eos_token_id = _first(
         config.eos_token_id, getattr(tokenizer, "eos_token_id", None), published.get("eos_token_id")
     )

@@ -4,7 +4,7 @@ autograd's through that class."""
 import numpy as np
 import pytest
 import torch
-from families import EOS, FAMILIES, MASK, make
+from families import EOS, FAMILIES, MASK, make, network
 
 from boe_vllm.models.build import load_model
 from boe_vllm.models.rows import SequenceRows, pack
@@ -73,7 +73,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(family):
 def test_the_backward_of_all_rows_equals_autograd(family, variant):
     """Of a random direction of all logits, at every row's embedding."""
     made = make(family, dtype=F64, **VARIANTS[variant])
-    model = network(made, F64)
+    model = network(made)
     (rows,) = sequences_of([17], shift=made.shift, keep="all")
     layout = pack([rows], CPU)
     hidden, saved = model.run(model.embed(layout.tokens), layout)
@@ -90,14 +90,6 @@ def test_the_backward_of_all_rows_equals_autograd(family, variant):
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def network(made, dtype=torch.float32):
-    from boe_vllm.models.build import empty_model
-
-    model = empty_model(made.config, dtype=dtype)
-    model.load_weights(made.weights.items())
-    return model
 
 
 def ones(saved):
