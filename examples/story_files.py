@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from tiny_files import write_json
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from boe_vllm.lab.tasks.story_grammar import END, STORIES
 from boe_vllm.lab.tasks.story_words import ALL
@@ -28,7 +28,6 @@ def tokenizer() -> Tokenizer:
     vocab = vocabulary()
     made = Tokenizer(models.WordLevel(vocab=vocab, unk_token=UNKNOWN))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.decoder = decoders.Fuse()
     special = (UNKNOWN, END, MASK)
     made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     assert made.get_vocab() == vocab

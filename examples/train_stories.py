@@ -237,6 +237,7 @@ def main() -> None:
     weights_file = args.out / "model.safetensors"
     if args.evaluate:
         config = json.loads((args.out / "config.json").read_text())
+        write_model_files(args.out, config)
         model = TinyMDLM(**config)
         weights = load_file(weights_file)
         model.load_state_dict({k.removeprefix(WEIGHTS_PREFIX): v for k, v in weights.items()})

@@ -1,14 +1,14 @@
 """MDLM's ancestral sampler (Sahoo et al. 2024, arXiv 2406.07524; kuleshov-group/mdlm
 `diffusion.py`, `_sample` with `ddpm_cache`): every mask is revealed at its own random time.
 
-A mask that is there at time `t` is revealed by time `s < t` with probability `(t - s)/t`, and takes a
-sample of its prediction. The grid of the `S` steps is `t_i = linspace(1, 1e-5, S + 1)`. The few masks
-that are left at its end, one in 100,000, are written in a further step (the authors' noise removal;
-they take the likeliest token there, here it is a sample as before). At time 0 nothing is masked, so
-that step is one more interval of the grid.
+A mask that is there at time `t` is revealed by time `s < t` with probability `(t - s)/t`, and takes
+a sample of its prediction. The grid of the `S` steps is `t_i = linspace(1, 1e-5, S + 1)`. The few
+masks that are left at its end, one in 100,000, are written in a further step (the authors' noise
+removal; they take the likeliest token there, here it is a sample as before). At time 0 nothing is
+masked, so that step is one more interval of the grid.
 
-The authors sample at temperature 1, the whole canvas as one block, and begin with nothing but masks,
-or with one end of text: `temperature` 1 and `block_length` = `gen_length` of a request.
+The authors sample at temperature 1, the whole canvas as one block, from nothing but masks or after
+one end of text: `temperature` 1 and `block_length` = `gen_length` of a request.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pydantic import Field
 
 from boe_vllm.base.arrays import FloatArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import PolicyConfig, View
-from boe_vllm.policies.origin import OriginPolicy
+from boe_vllm.policies.base import View
+from boe_vllm.policies.origin import OriginConfig, OriginPolicy
 
 
 @options
-class AncestralConfig(PolicyConfig):
+class AncestralConfig(OriginConfig):
     """MDLM's ancestral sampler: every mask is revealed at its own random time."""
 
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5

@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_what(made: argparse.ArgumentParser) -> None:
     what = made.add_argument_group("what is run")
-    what.add_argument("--model", default=TINY, help="path or name; tiny is the bundled one")
+    what.add_argument(
+        "--model", default=TINY, help="path or name; tiny and tiny-text are the bundled ones"
+    )
     what.add_argument("--tasks", metavar="A,B,...", help="see below")
     what.add_argument(
         "--policies",
