@@ -29,8 +29,8 @@ NOTES = (
     "decides.\n"
 )
 TOLD = (
-    "What the source says of the texts, with 95 % intervals: `possible`, the share of texts that it "
-    "can produce; `stories`, the same of their single stories; `first wrong`, words before the "
+    "What the source says of the texts, with 95 % intervals: `possible`, the share of texts that "
+    "it can produce; `stories`, the same of their single stories; `first wrong`, words before the "
     "first impossible one; `nats a word`, the exact surprise of the possible stories; `unigram "
     "entropy` of the words within a text, nats; `distinct`, the share of different ones among the "
     "stories that came to their end; `repeated`, the share of phrases of four words that stood in "
