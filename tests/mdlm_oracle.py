@@ -9,13 +9,14 @@ Legend: `L` positions of one sequence, `D` width, `V` vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from oracle import Dense
 from safetensors.torch import save_file
 
 from boe_vllm.models.families.mdlm import MDLMConfig
@@ -99,65 +100,68 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: int = 10000) -> Te
     return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
 
 
-@dataclasses.dataclass
-class DenseMDLM:
-    """The network: logits of one sequence from its embeddings."""
-
-    config: MDLMConfig
-    weights: dict[str, Tensor]
+class DenseMDLM(Dense):
+    """The network: logits of one sequence from its embeddings; the rest is as `oracle.Dense`."""
 
     def w(self, name: str) -> Tensor:
-        return self.weights[f"backbone.{name}"]
+        return self.weights["backbone." + {"wte": "vocab_embed.embedding"}.get(name, name)]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.w(f"{name}.weight"), self.weights.get(f"backbone.{name}.bias"))
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, [x.shape[-1]]) * self.w(f"{name}.weight")[None, :]
 
     def embed(self, tokens_L: Tensor) -> Tensor:
-        return self.w("vocab_embed.embedding")[torch.as_tensor(tokens_L)]
+        return super().embed(torch.as_tensor(np.array(tokens_L)))
 
-    def logits(self, x_LD: Tensor, open_L: Tensor | None = None) -> Tensor:
-        """[L, V]; where `open_L` is False, a row's attention output passes no gradient (eq. 30)."""
+    def logits(self, x_LD: Tensor, open_L: Tensor | None = None, frozen=None) -> Tensor:
         sigma = torch.zeros(1, dtype=x_LD.dtype)
         mapped = self.linear("sigma_map.mlp.0", timestep_embedding(sigma))
         c = F.silu(self.linear("sigma_map.mlp.2", F.silu(mapped)))
+        self.kv, self.attention = [], []
         x = x_LD
         for n in range(self.config.n_blocks):
-            x = self.block(f"blocks.{n}", x, c, open_L)
+            x = self.block(n, x, c, open_L, frozen)
         shift, scale = self.linear("output_layer.adaLN_modulation", c).chunk(2, dim=1)
-        x = modulate(self.norm("output_layer.norm_final", x), shift, scale)
+        x = modulate(self.norm(x, "output_layer.norm_final"), shift, scale)
         return self.linear("output_layer.linear", x)
 
-    def block(self, name: str, x: Tensor, c: Tensor, open_L: Tensor | None) -> Tensor:
-        length, width = x.shape
+    def block(self, n: int, x: Tensor, c: Tensor, open_L: Tensor | None, frozen) -> Tensor:
+        name, (length, width) = f"blocks.{n}", x.shape
         (shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp) = self.linear(
             f"{name}.adaLN_modulation", c
         ).chunk(6, dim=1)
         x_skip = x
-        x = modulate(self.norm(f"{name}.norm1", x), shift_msa, scale_msa)
+        x = modulate(self.norm(x, f"{name}.norm1"), shift_msa, scale_msa)
         # rearrange(qkv, 'b s (three h d) -> b s three h d')
         qkv = self.linear(f"{name}.attn_qkv", x).view(length, 3, self.config.n_heads, -1)
-        q, k, v = (part.transpose(0, 1) for part in qkv.unbind(1))
-        y = F.softmax(self.rotary(q) @ self.rotary(k).mT / q.shape[-1] ** 0.5, dim=-1) @ v
-        y = self.linear(f"{name}.attn_out", y.transpose(0, 1).reshape(length, width))
+        q, k, v = qkv.unbind(1)
+        q, k = self.rotary(q), self.rotary(k)
+        if frozen is not None:
+            row, kv = frozen
+            own = torch.arange(length)[:, None, None] == row
+            k, v = torch.where(own, k, kv[n][0]), torch.where(own, v, kv[n][1])
+        self.kv.append((k, v))
+        o = self.attend(q, k, v)
+        self.attention.append((q, o))
+        y = self.linear(f"{name}.attn_out", o.reshape(length, width))
         if open_L is not None:
             y = torch.where(open_L[:, None], y, y.detach())
         x = x_skip + gate_msa * y
-        y = modulate(self.norm(f"{name}.norm2", x), shift_mlp, scale_mlp)
+        y = modulate(self.norm(x, f"{name}.norm2"), shift_mlp, scale_mlp)
         y = F.gelu(self.linear(f"{name}.mlp.0", y), approximate="tanh")
         return x + gate_mlp * self.linear(f"{name}.mlp.2", y)
 
-    def rotary(self, x_HLP: Tensor) -> Tensor:
-        _, length, dim = x_HLP.shape
-        inv_freq = 1.0 / (10_000 ** (torch.arange(0, dim, 2, dtype=x_HLP.dtype) / dim))
-        freqs = torch.einsum("i,j->ij", torch.arange(length, dtype=x_HLP.dtype), inv_freq)
-        emb = torch.cat((freqs, freqs), dim=-1)
-        return x_HLP * emb.cos() + rotate_half(x_HLP) * emb.sin()
+    def rotary(self, x_LHP: Tensor) -> Tensor:
+        length, _, dim = x_LHP.shape
+        inv_freq = 1.0 / (10_000 ** (torch.arange(0, dim, 2, dtype=x_LHP.dtype) / dim))
+        freqs = torch.einsum("i,j->ij", torch.arange(length, dtype=x_LHP.dtype), inv_freq)
+        emb = torch.cat((freqs, freqs), dim=-1)[:, None, :]
+        return x_LHP * emb.cos() + rotate_half(x_LHP) * emb.sin()
 
-    def log_probs(self, x_LD: Tensor) -> Tensor:
-        """[L, V] as SUBS has them for masked positions (`diffusion.py`)."""
-        logits = self.logits(x_LD).clone()
-        logits[:, MASK if self.config.vocab_size == VOCAB else self.config.mask_token_id] += -1e6
-        return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+
+def make_mdlm(*, dtype=torch.float32, seed: int = 0, **changes) -> DenseMDLM:
+    """A small random checkpoint, and the oracle that has it."""
+    config = mdlm_config(**changes)
+    return DenseMDLM(config, mdlm_weights(config, seed=seed, dtype=dtype))

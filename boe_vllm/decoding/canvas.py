@@ -26,6 +26,7 @@ from boe_vllm.decoding.accounting import (
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
 from boe_vllm.models.cache import CachePlan, KeyValuePool
+from boe_vllm.models.names import CheckpointConfig
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
@@ -44,6 +45,12 @@ class SpecialTokens:
     eos: int
     late: frozenset[int] = frozenset()
     """EOS and end of turn, for `confidence_eos_eot_inf`."""
+
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> SpecialTokens:
+        """Those of a checkpoint whose ids are complete (`models.special`)."""
+        mask, eos, eot = config.mask_token_id, config.eos_token_id, config.eot_token_id
+        return cls(mask=mask, eos=eos, late=frozenset({eos, eot} - {None}))
 
 
 class Canvas:
@@ -72,8 +79,7 @@ class Canvas:
         Raises:
             ValueError: when the pool has no room left.
         """
-        self.params, self.special, self.vocab_size = params, special, vocab_size
-        self.shift = shift
+        self.params, self.special, self.vocab_size, self.shift = params, special, vocab_size, shift
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
         self.policy = params.policy(special.eos)
@@ -85,7 +91,7 @@ class Canvas:
         self.constraints = CanvasConstraints(params.constraints, self.prompt_len, never=never)
         late = special.late if frame.confidence_eos_eot_inf else ()
         self.late_tokens = np.array(sorted(late), np.int64)
-        self.masked_at_start = int(self.masked.sum())
+        self.masked_at_start, self.emitted = int(self.masked.sum()), 0
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
         self.guide = (
@@ -93,12 +99,11 @@ class Canvas:
         )
         self.account, self.trace = Account(), Trace(len(self.tokens))
         self.logprobs_of: dict[int, TokenLogprobs] = {}
-        self.emitted = 0
         self.cache: RequestCache | None = None
         if frame.cache != "none":
             assert pool is not None
-            length = len(self.tokens)
-            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length, shift)
+            room = pool, len(self.tokens)
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, *room, shift)
         self.blocks = Blocks(
             self.plan,
             frame.schedule,

@@ -86,7 +86,10 @@ class Block(nn.Module):
         if normed_ND.is_cuda:
             qkv = matmul_rows(normed_ND, weight, scratch)
             qkv = qkv if bias is None else qkv.add_(bias)
-            before = self._norm_heads_(qkv[:, :turned], saved_A)
+            before = None
+            if self.q_norm is not None:
+                (q, k), before = self._norm_heads(qkv[:, :turned], saved_A)
+                qkv = torch.cat([q.flatten(1), k.flatten(1), qkv[:, turned:]], dim=1)
             q, kv = split_rotated(qkv, rotary, self.heads, self.kv_heads)
             return q, kv[0], kv[1], before
         # Values need no turning: a product of their own puts them where they are wanted.
@@ -97,27 +100,23 @@ class Block(nn.Module):
         if bias is not None:
             qk.add_(bias[:turned])
             v.add_(bias[turned:])
-        before = self._norm_heads_(qk, saved_A)
-        q, k = qk.unflatten(1, (-1, self.head_size)).split([self.heads, self.kv_heads], dim=1)
+        (q, k), before = self._norm_heads(qk, saved_A)
         v = v.unflatten(1, (-1, self.head_size))
         return rotate(q, rotary), rotate(k, rotary, out=keys), v, before
 
-    def _norm_heads_(self, qk_NE: Tensor, saved_A: Tensor | None) -> Tensor | None:
-        """Norm the heads of queries and keys in their place; see `project`."""
-        if self.q_norm is None or self.k_norm is None:
-            return None
+    def _norm_heads(
+        self, qk_NE: Tensor, saved_A: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Queries [N, H, P] and keys [N, G, P], normed where heads are; and what they were in the
+        rows `saved_A`, see `project`."""
         heads_NXP = qk_NE.unflatten(1, (-1, self.head_size))
-        before = None if saved_A is None else heads_NXP[saved_A]
-        for part, weight in self._head_norms():
-            own = heads_NXP[:, part]
-            normed = rms_norm(own.reshape(-1, self.head_size), weight, self.eps)
-            own.copy_(normed.view(own.shape))
-        return before
-
-    def _head_norms(self) -> tuple[tuple[slice, Tensor], tuple[slice, Tensor]]:
-        """Which heads have which norm."""
-        assert self.q_norm is not None and self.k_norm is not None
-        return (slice(0, self.heads), self.q_norm), (slice(self.heads, None), self.k_norm)
+        q, k = heads_NXP.split([self.heads, self.kv_heads], dim=1)
+        if self.q_norm is None or self.k_norm is None:
+            return (q, k), None
+        flat_q, flat_k = (x.reshape(-1, self.head_size) for x in (q, k))
+        normed_q = rms_norm(flat_q, self.q_norm, self.eps).view(q.shape)
+        normed_k = rms_norm(flat_k, self.k_norm, self.eps).view(k.shape)
+        return (normed_q, normed_k), None if saved_A is None else heads_NXP[saved_A]
 
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm for the MLP, [N, D] each."""
@@ -171,15 +170,22 @@ class Block(nn.Module):
         )
         dqkv = join_rotated_back(dq, dk, dv, rotary)
         if saved.heads_AXP is not None:
-            self._norm_heads_back_(dqkv, saved.heads_AXP)
+            dqkv = self._norm_heads_back(dqkv, saved.heads_AXP)
         dnormed = self.sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))
         dx_AD = self.norm.backward(dnormed, saved.before_AD, self.attn_norm, dx_AD)
         return dx_AD, dmixed, dk, dv
 
-    def _norm_heads_back_(self, dqkv_AE: Tensor, before_AXP: Tensor) -> None:
-        """Turn the gradient of the normed heads into that of the heads before, in its place."""
-        gradient_AXP = dqkv_AE.unflatten(1, (-1, self.head_size))[:, : before_AXP.shape[1]]
-        for heads, weight in self._head_norms():
-            own, before = gradient_AXP[:, heads], before_AXP[:, heads]
-            dy, x = (part.reshape(-1, self.head_size) for part in (own, before))
-            own.copy_(rms_norm_backward(dy, x, weight, self.eps).view(own.shape))
+    def _norm_heads_back(self, dqkv_AE: Tensor, before_AXP: Tensor) -> Tensor:
+        """[A, E] gradient of the heads as they were, given that of the normed ones."""
+        assert self.q_norm is not None and self.k_norm is not None
+        split = [self.heads, self.kv_heads]
+        turned = before_AXP.shape[1] * self.head_size
+        gradients = dqkv_AE[:, :turned].unflatten(1, (-1, self.head_size)).split(split, dim=1)
+        pieces = []
+        for dy, x, weight in zip(
+            gradients, before_AXP.split(split, dim=1), (self.q_norm, self.k_norm), strict=True
+        ):
+            flat_dy, flat_x = (part.reshape(-1, self.head_size) for part in (dy, x))
+            dx = rms_norm_backward(flat_dy, flat_x, weight, self.eps)
+            pieces.append(dx.view(len(x), -1))
+        return torch.cat([*pieces, dqkv_AE[:, turned:]], dim=1)

@@ -27,9 +27,10 @@ def complete(config: Any, tokenizer: Any | None, mask_token_id: int | None = Non
         said = None  # a config class's placeholder
     own = _first(said, getattr(tokenizer, "mask_token_id", None))
     if None not in (own, mask_token_id) and own != mask_token_id:
+        override = f"--hf-overrides '{{\"mask_token_id\": {mask_token_id}}}'"
         raise ValueError(
             f"mask_token_id: expected the checkpoint's own ({own}), got {mask_token_id}; remove "
-            f"it, or override the config with --hf-overrides '{{\"mask_token_id\": {mask_token_id}}}'"
+            f"it, or override the config with {override}"
         )
     config.mask_token_id = _first(own, mask_token_id, published.get("mask_token_id"))
     config.eos_token_id = _first(

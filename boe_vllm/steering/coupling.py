@@ -153,7 +153,7 @@ def _read_off(
     indices = []
     for s, query in queries:
         place = current.place(s)
-        read = current.saved_rows(place, current.read_rows(place, query.pool))
+        read = current.read_saved_rows(place, query.pool)
         indices.append((transfer.add(read), transfer.add(query.pool)))
     found = []
     for (s, query), (rows, columns) in zip(queries, indices, strict=True):

@@ -148,6 +148,10 @@ class DenoisingPass:
         read: their own, or those of the positions before them (`models.rows`)."""
         return self.layout.read_rows[place][index]
 
+    def read_saved_rows(self, place: Place, index: IntArray) -> IntArray:
+        """Packed saved rows of the same."""
+        return self.saved_rows(place, self.read_rows(place, index))
+
     def saved_rows(self, place: Place, rows: IntArray) -> IntArray:
         """Packed saved rows of a place by their number there: first come the masked positions'
         own, by index, then the others at which these are read."""

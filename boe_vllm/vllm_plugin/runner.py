@@ -71,14 +71,11 @@ class DiffusionModelRunner:
         config = self.model_config.hf_config
         parameters = self.model.parameters()
         self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
-        late = {config.eos_token_id, config.eot_token_id} - {None}
         # The scheduler keeps the rows of all requests that hold a canvas within this.
         rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
             self.model,
-            special=SpecialTokens(
-                mask=config.mask_token_id, eos=config.eos_token_id, late=frozenset(late)
-            ),
+            special=SpecialTokens.of(config),
             device=self.device,
             budget_bytes=self.settings.budget_bytes(self.device.type),
             cache_rows=rows,

@@ -145,6 +145,7 @@ class DiffusionScheduler(Scheduler):
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
                     stop_reason=stop_reason,
+                    **_error_field(stop_reason),
                     events=request.take_events(),
                     kv_transfer_params=None if report is None else {REPORT_KEY: report},
                     trace_headers=request.trace_headers,
@@ -173,3 +174,12 @@ class DiffusionScheduler(Scheduler):
         if report is not None:
             kv_params = {**(kv_params or {}), REPORT_KEY: report}
         return kv_params, ec_params
+
+
+def _error_field(reason: str | None) -> dict[str, Any]:
+    """Why a request failed, in the field that vLLM has for it from 0.33 on."""
+    if reason is None or "error" not in EngineCoreOutput.__struct_fields__:
+        return {}
+    from vllm.outputs import RequestError
+
+    return {"error": RequestError(code="denoising_failed", message=reason)}

@@ -60,7 +60,7 @@ def _full_name(owner: type) -> str:
 def _unexpected(where: str, expected: str, got: str) -> str:
     return (
         f"boe-vllm cannot hook into vLLM {versions.installed()}: expected {where} with {expected}, "
-        f"got {got}; install vLLM {versions.TESTED}"
+        f"got {got}; install vLLM {versions.EXPECTED}"
     )
 
 

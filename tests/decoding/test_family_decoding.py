@@ -1,10 +1,9 @@
 """Every family's greedy tokens are those of a plain loop over transformers' own class: whole, in
 blocks, with caches that are refreshed in every step, into templates and into prompts."""
 
-import numpy as np
 import pytest
 import torch
-from families import FAMILIES, MASK, make, network
+from families import FAMILIES, MASK, make, network, plain_loop
 from test_loop import VARIANTS, finish, make_loop, params_of
 
 PROMPT = [3, 14, 15, 9, 26, 5]
@@ -14,20 +13,6 @@ SHAPES = {
     "dual": dict(block_length=4, tokens_per_step=1, cache="dual", cache_refresh=1),
     "prefix": dict(block_length=6, tokens_per_step=2, cache="prefix", cache_refresh=1),
 }
-
-
-def plain_loop(made, tokens, *, start, block, quota):
-    """LLaDA's `generate` by confidence, temperature 0: masks of each block, the surest first."""
-    tokens = np.array(tokens)
-    for begin in range(start, len(tokens), block):
-        last = begin + block
-        while (masks := np.flatnonzero(tokens[:last] == MASK)).size:
-            logits = made.logits(made.embed(tokens))[masks]
-            logits[:, MASK] = -torch.inf
-            best, token = logits.softmax(-1).max(-1)
-            for n in best.argsort(descending=True, stable=True)[:quota]:
-                tokens[masks[n]] = token[n]
-    return tokens.tolist()
 
 
 def decoded(made, prompt, fields, length=12, **more):

@@ -60,9 +60,9 @@ def test_a_shifted_model_asks_for_at_most_twice_as_many(shifted, fields):
 @pytest.fixture(scope="module")
 def shifted():
     config = small_config(shift=1)
-    model = random_model(config)
-    model.load_weights(random_weights(config).items())
-    return model
+    network = random_model(config)
+    network.load_weights(random_weights(config).items())
+    return network
 
 
 def check_the_bound(model, fields, frame):  # noqa: F811

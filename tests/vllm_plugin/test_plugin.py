@@ -56,10 +56,11 @@ def test_importing_the_package_is_cheap():
 
 
 def test_the_core_works_without_the_extras():
-    """vLLM is one of them. What the core requires may bring tqdm, so that stays."""
+    """vLLM is one of them, and Triton comes with it. What the core requires may bring tqdm, so that
+    stays."""
     extras = (
         "vllm prometheus_client matplotlib rich reasoning_gym math_verify mauve lm_eval openai "
-        "pytest hypothesis schemathesis"
+        "pytest hypothesis schemathesis triton"
     )
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({extras.split()!r}));"
@@ -93,7 +94,7 @@ def test_registering_twice_changes_nothing():
     assert "LLaDAModelLM" in MODELS_CONFIG_MAP
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "dev"])
 def test_another_vllm_is_refused_by_version(monkeypatch, version):
     monkeypatch.setattr(versions, "installed", lambda: version)
     with pytest.raises(
@@ -104,7 +105,7 @@ def test_another_vllm_is_refused_by_version(monkeypatch, version):
     plugin.register()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0"])
 def test_a_supported_vllm_is_accepted(monkeypatch, version):
     monkeypatch.setattr(versions, "installed", lambda: version)
     versions.check()

@@ -1,26 +1,31 @@
 """The families of checkpoints that are served, by the `architectures` of their `config.json`.
 
 Dispatch is on `architectures`, never on `model_type`: "llada" is two networks. A family is a config
-class, in a module of its own.
+class, in a module of its own. Installed packages may add families (entry points in the group
+`boe_vllm.families`, name = architecture, value = module:class); see `docs/extending.md`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
-FAMILIES: dict[str, tuple[str, str]] = {
-    "LLaDAModelLM": ("boe_vllm.models.llada", "LLaDAConfig"),
-    "ILLaDAForCausalLM": ("boe_vllm.models.families.illada", "ILLaDAConfig"),
-    "DreamModel": ("boe_vllm.models.families.dream", "DreamConfig"),
-    "A2DQwen3LMHeadModel": ("boe_vllm.models.families.a2d", "A2DQwen3Config"),
-    "A2DQwen2LMHeadModel": ("boe_vllm.models.families.a2d", "A2DQwen2Config"),
-    "A2DLlamaLMHeadModel": ("boe_vllm.models.families.a2d", "A2DLlamaConfig"),
-    "MDLM": ("boe_vllm.models.families.mdlm", "MDLMConfig"),
-    "LLaDAMoEModelLM": ("boe_vllm.models.families.llada_moe", "LLaDAMoEConfig"),
+GROUP = "boe_vllm.families"
+
+FAMILIES: dict[str, str] = {
+    **{entry.name: entry.value for entry in entry_points(group=GROUP)},
+    "LLaDAModelLM": "boe_vllm.models.llada:LLaDAConfig",
+    "ILLaDAForCausalLM": "boe_vllm.models.families.illada:ILLaDAConfig",
+    "DreamModel": "boe_vllm.models.families.dream:DreamConfig",
+    "A2DQwen3LMHeadModel": "boe_vllm.models.families.a2d:A2DQwen3Config",
+    "A2DQwen2LMHeadModel": "boe_vllm.models.families.a2d:A2DQwen2Config",
+    "A2DLlamaLMHeadModel": "boe_vllm.models.families.a2d:A2DLlamaConfig",
+    "MDLM": "boe_vllm.models.families.mdlm:MDLMConfig",
+    "LLaDAMoEModelLM": "boe_vllm.models.families.llada_moe:LLaDAMoEConfig",
 }
-"""Architecture -> module and name of its config class."""
+"""Architecture -> module:class of its config. No package can take a name of ours."""
 
 
 def config_class(architecture: str) -> Any:
@@ -34,7 +39,7 @@ def config_class(architecture: str) -> Any:
             f"architectures: expected one of {', '.join(FAMILIES)}, got {architecture!r}; this "
             f"model is not served, see docs/models.md"
         )
-    module, name = FAMILIES[architecture]
+    module, _, name = FAMILIES[architecture].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
