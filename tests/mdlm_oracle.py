@@ -113,7 +113,8 @@ class DenseMDLM(Dense):
         return F.layer_norm(x, [x.shape[-1]]) * self.w(f"{name}.weight")[None, :]
 
     def embed(self, tokens_L: Tensor) -> Tensor:
-        return super().embed(torch.as_tensor(np.array(tokens_L)))
+        own = tokens_L if isinstance(tokens_L, Tensor) else np.array(tokens_L)
+        return super().embed(torch.as_tensor(own))
 
     def logits(self, x_LD: Tensor, open_L: Tensor | None = None, frozen=None) -> Tensor:
         sigma = torch.zeros(1, dtype=x_LD.dtype)

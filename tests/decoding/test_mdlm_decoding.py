@@ -61,7 +61,7 @@ def sampled(mdlm, length, steps, seed, eps=1e-5):
 
 def test_ancestral_sampling_is_mdlms_own_loop(mdlm):
     for seed in range(6):
-        loop = make_loop(mdlm_network(mdlm))
+        loop = make_loop(network(mdlm))
         fields = {"policy": "ancestral", "block_length": 20, "steps": 40}
         given = params_of(fields, prompt_len=1, max_tokens=20, temperature=1.0, seed=seed)
         loop.add("x", [EOS], given)
@@ -74,7 +74,7 @@ def test_ancestral_sampling_is_mdlms_own_loop(mdlm):
 
 
 def test_every_policy_gives_alone_what_it_gives_among_all_others():
-    model = mdlm_network(make_mdlm(n_blocks=2))
+    model = network(make_mdlm(n_blocks=2))
     more = {"tokens_per_step": 2, "block_length": 5, "trace": True}
     requests = [
         params_of(fields | more, prompt_len=1, max_tokens=10, temperature=float(n % 2), seed=n)
@@ -90,7 +90,3 @@ def test_every_policy_gives_alone_what_it_gives_among_all_others():
         own, report = finish(alone)
         assert (own["x"], report["x"]) == (tokens[str(n)], reports[str(n)]), VARIANTS[n]
         assert MASK not in own["x"] and len(own["x"]) == 10
-
-
-def mdlm_network(made):
-    return network(made, next(iter(made.weights.values())).dtype)

@@ -1,6 +1,7 @@
 """The source of the stories: its probabilities, its entropies, and what it cannot produce."""
 
 import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -8,6 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from boe_vllm.lab.eval.cells import item_seed
+from boe_vllm.lab.eval.run import main
+from boe_vllm.lab.tasks import open_task, stories
 from boe_vllm.lab.tasks.grammar import Grammar, State
 from boe_vllm.lab.tasks.story_grammar import END, STORIES
 from boe_vllm.lab.tasks.story_words import ALL
@@ -180,3 +184,82 @@ def test_a_text_that_breaks_an_agreement_is_impossible(before, after, broken):
     found = STORIES.log_probs(words)
     assert found[-1] == -math.inf and words[len(found) - 1] == broken
     assert STORIES.log_likelihood(words) == -math.inf
+
+
+# ---- the task ----------------------------------------------------------------------------------
+
+
+def test_items_share_a_prompt_and_differ_in_their_draws():
+    task = open_task("stories")
+    items = task.items(5, seed=1)
+    assert items == task.items(5, seed=1) and items[:3] == task.items(3, seed=1)
+    assert {item.prompt for item in items} == {END}
+    assert [item.draw for item in items] == [0, 1, 2, 3, 4]
+    assert len({item.answer for item in items}) == len({item_seed(0, item) for item in items}) == 5
+    assert all(task.score(item, item.answer).valid for item in items)
+    assert not task.score(items[0], "").valid
+    with pytest.raises(ValueError, match="expected a number, got None"):
+        task.items()
+
+
+def test_a_text_is_the_beginning_of_a_stream_and_its_stories_are_judged_by_themselves():
+    one, other = " ".join(TALE.split()).split(f" {END} ")
+    right = stories.facts_of(TALE.split())
+    assert right.possible and right.possible_stories == 2
+    assert right.stories == (tuple(f"{one} {END}".split()), tuple(other.split()))
+    assert right.first_wrong == right.words == len(TALE.split())
+    assert right.surprise == pytest.approx(-STORIES.log_likelihood(TALE.split()))
+    broken = TALE.replace("home with one red", "home with two red").split()
+    wrong = stories.facts_of(broken)
+    assert not wrong.possible and wrong.possible_stories == 1
+    assert broken[wrong.first_wrong] == "two"
+    assert broken[: wrong.first_wrong] == TALE.split()[: wrong.first_wrong]
+    assert wrong.words == len(other.split())
+    assert wrong.surprise == pytest.approx(-STORIES.log_likelihood(other.split()))
+    assert stories.facts_of([]).stories == () and not stories.facts_of([]).possible
+
+
+def test_entropy_and_repetitions_count_words_and_phrases():
+    facts = stories.facts_of("a b c d a b c d a".split())
+    assert facts.entropy == pytest.approx(entropy([3 / 9, 2 / 9, 2 / 9, 2 / 9]))
+    assert facts.repeated == pytest.approx(2 / 6)  # abcd and bcda come a second time
+    assert stories.facts_of(["a"]).repeated == 0
+
+
+def test_the_figures_of_the_source_itself_are_right():
+    texts = [item.answer.split() for item in open_task("stories").items(150, seed=3)]
+    found = stories.figures(texts)
+    assert found["possible"] == 1 and found["stories"].value == 1 and found["distinct"] == 1
+    assert found["first wrong"] == stories.Mean(value=127.0, half=0.0)
+    nats = found["nats a word"]
+    assert abs(nats.value - STORIES.entropies(127).mean()) < 2 * nats.half < 0.1
+    assert str(nats) == f"{nats.value:.3f} ± {nats.half:.3f}"
+    assert stories.figures([["one"], ["the"]])["distinct"] is None
+
+
+def test_a_ratio_of_means_has_the_interval_of_its_texts():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        weights = rng.integers(1, 9, 60).astype(float)
+        values = weights * rng.normal(2.0, 0.7, 60)
+        mean = stories.mean_of(values.tolist(), weights.tolist())
+        inside += abs(mean.value - 2.0) < mean.half
+    assert 0.90 < inside / 400 < 0.99
+    assert stories.mean_of([1.0]) is None and stories.mean_of([0.0, 0.0], [0.0, 0.0]) is None
+
+
+def test_eval_writes_what_the_source_says(tmp_path, capsys):
+    command = ["--model", "tiny-text", "--tasks", "stories", "--policies", "ancestral,joint"]
+    command += ["--limit", "2", "--temperature", "1", "--tokens-per-step", "16", "--in-process"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| source", "| ancestral", "| joint"]
+    records = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    for record in records:
+        words = record["text"].split()
+        assert len(words) == record["tokens"] == 127 and set(words) <= ALL | {END, "<|unknown|>"}
+        assert record["valid"] == math.isfinite(STORIES.log_likelihood(words))
+    assert records[0]["text"] != records[1]["text"]

@@ -21,9 +21,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['surrogate']} {case['active']}")
 def test_scores_equal_autograd_through_the_transcription(case):
     made = make_mdlm(dtype=torch.float64)
-    current = make_pass(
-        network(made, torch.float64), "all" if case["active"] == "all" else "masked"
-    )
+    current = make_pass(network(made), "all" if case["active"] == "all" else "masked")
     queries = [(n, ask_for(rows, **case)) for n, rows in enumerate(current.sequences)]
     for (n, query), got in zip(queries, TokenImportance.solve(current, queries), strict=True):
         want = oracle(made, current.sequences[n], query).detach().numpy()
