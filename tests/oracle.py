@@ -18,6 +18,8 @@ Tensor = torch.Tensor
 class Shifted(LLaDAConfig):
     """LLaDA's network, read as Dream's is."""
 
+    shift = 1
+
     def shape(self):
         return dataclasses.replace(super().shape(), shift=1)
 

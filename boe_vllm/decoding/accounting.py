@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.step import QueryResult
@@ -169,3 +169,23 @@ class Counters:
 def _rounded(values: np.ndarray) -> list[float | None]:
     """Six decimals; None where there is no finite value (JSON has no NaN)."""
     return [round(float(v), 6) if np.isfinite(v) else None for v in values]
+
+
+def infilled(
+    tokens: IntArray, given: BoolArray, masked: BoolArray, prompt_len: int
+) -> list[dict[str, Any]]:
+    """What was written into a prompt, one entry for each run of masks.
+
+    Args:
+        tokens: [L] of the sequence.
+        given: [L] what came with the request and not as a mask.
+        masked: [L] what is still to be written.
+        prompt_len: where the canvas begins.
+    """
+    places = np.flatnonzero(~given[:prompt_len])
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    return [
+        {"position": int(run[0]), "tokens": tokens[run].tolist()}
+        for run in runs
+        if not masked[run].any()
+    ]

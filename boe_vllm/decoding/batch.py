@@ -100,12 +100,12 @@ def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     """The rows that one request's step computes."""
     needs = canvas.policy.needs()
     written = canvas.blocks.written(canvas.masked)
-    upcoming = canvas.blocks.upcoming(canvas.masked)
+    upcoming = canvas.blocks.upcoming(canvas.masked[: canvas.visible])
     if plan and plan.live_positions is not None:
         upcoming = readable(upcoming, plan.live_positions, canvas.shift)
     extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
     return SequenceRows(
-        tokens=canvas.tokens,
+        tokens=canvas.tokens[: canvas.visible],
         logit_positions=canvas.writable(),
         extra_positions=np.concatenate(extra),
         keep=needs.rows,

@@ -32,18 +32,21 @@ class RequestCache:
             ValueError: when the pool has none.
         """
         self.mode, self.refresh_every, self.pool = mode, refresh_every, pool
-        self.length, self.shift = length, shift
+        self.shift = shift
         self.slots = pool.take(length)
         self.block = -1
         self.live: IntArray = np.empty(0, np.int64)
         self.frozen: IntArray = np.empty(0, np.int64)
 
-    def plan(self, *, block: int, block_step: int, block_positions: IntArray) -> CachePlan:
-        """What the coming pass does; a new block freezes another set of rows."""
+    def plan(
+        self, *, block: int, block_step: int, block_positions: IntArray, length: int
+    ) -> CachePlan:
+        """What the coming pass over `length` positions does; a new block freezes another set of
+        rows."""
         due = self.refresh_every is not None and block_step % self.refresh_every == 0
         refresh = due or block != self.block
         if block != self.block:
-            live = np.zeros(self.length, bool)
+            live = np.zeros(length, bool)
             live[block_positions] = True
             live[read_at(block_positions, self.shift)] = True
             if self.mode == "prefix":

@@ -21,6 +21,7 @@ from boe_vllm.decoding.accounting import (
     TokenLogprobs,
     Trace,
     given_logprobs,
+    infilled,
     token_logprobs,
 )
 from boe_vllm.decoding.blocks import Blocks
@@ -126,6 +127,13 @@ class Canvas:
         return tokens
 
     @property
+    def visible(self) -> int:
+        """Positions that the model sees: those up to the current block's end, of a canvas that
+        grows."""
+        grows = self.config.frame.canvas == "growing"
+        return self.blocks.end if grows else len(self.tokens)
+
+    @property
     def done(self) -> bool:
         """Nothing is masked any more."""
         return not self.masked.any()
@@ -144,6 +152,7 @@ class Canvas:
             block=self.blocks.index,
             block_step=self.blocks.step + ahead,
             block_positions=self.blocks.positions,
+            length=self.visible,
         )
 
     def constraints_at(self, positions: IntArray) -> list[Constraint] | None:
@@ -283,17 +292,7 @@ class Canvas:
         if self.config.frame.trace:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         if not self.given[: self.prompt_len].all():
-            report["infill"] = self._infill()
+            report["infill"] = infilled(self.tokens, self.given, self.masked, self.prompt_len)
         if isinstance(self.policy, ChoicesPolicy):
             report |= self.policy.report(self.memory)
         return report
-
-    def _infill(self) -> list[dict[str, Any]]:
-        """What was written into the prompt, one entry for each run of masks."""
-        places = np.flatnonzero(~self.given[: self.prompt_len])
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        return [
-            {"position": int(run[0]), "tokens": self.tokens[run].tolist()}
-            for run in runs
-            if not self.masked[run].any()
-        ]

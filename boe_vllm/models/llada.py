@@ -67,6 +67,7 @@ class LLaDAConfig(PretrainedConfig):
     architecture: ClassVar[str] = "LLaDAModelLM"
     names: ClassVar[TensorNames] = NAMES
     end_of_turn: ClassVar[str] = "<|eot_id|>"
+    shift: ClassVar[int] = 0
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "intermediate_size": "mlp_hidden_size",

@@ -41,6 +41,7 @@ class CheckpointConfig(Protocol):
     """What the network and decoding ask of a checkpoint's `config.json`."""
 
     names: ClassVar[TensorNames]
+    shift: ClassVar[Any]
     vocab_size: int
     max_position_embeddings: int
     mask_token_id: Any

@@ -39,6 +39,9 @@ class FrameConfig:
     """Canvas length in tokens. Default: `max_tokens`, rounded up to whole blocks."""
     block_length: PositiveInt | None = None
     """Tokens per block; blocks are decoded left to right. Default: 32, or the canvas if shorter."""
+    canvas: Literal["fixed", "growing"] = "fixed"
+    """Whether the whole canvas is there from the start (LLaDA), or each block is appended once the
+    one before is done (iLLaDA), so that no later mask, and no later text, is seen."""
     steps: PositiveInt | None = None
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None

@@ -72,7 +72,7 @@ def model_facts(model_config: ModelConfig) -> ModelFacts:
         max_model_len=model_config.max_model_len,
         mask_token_id=model_config.hf_config.mask_token_id,
         eos_token_id=model_config.hf_config.eos_token_id,
-        shift=model_config.hf_config.shape().shift,
+        shift=model_config.hf_config.shift,
         encode=_encoder(model_config),
     )
 

@@ -77,6 +77,22 @@ def test_frozen_rows_of_a_shifted_model_never_include_what_predicts_the_block(dr
     assert loop.pool.used == 0
 
 
+@pytest.mark.parametrize("family", ["illada", "dream"])
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache": "dual", "cache_refresh": 1}, {"cache": "prefix", "cache_refresh": 1}]
+)
+def test_a_growing_canvas_shows_no_mask_beyond_the_block(family, cache):
+    """A block is appended when the one before is done, as iLLaDA's authors decode."""
+    made = make(family, dtype=torch.float64, num_hidden_layers=2)
+    want = list(PROMPT)
+    for block in (4, 4, 4):
+        start = len(want)
+        want = plain_loop(made, want + [MASK] * block, start=start, block=block, quota=1)
+    assert decoded(made, PROMPT, FIELDS | cache | {"canvas": "growing"}) == want
+    whole = plain_loop(made, PROMPT + [MASK] * 12, start=len(PROMPT), block=4, quota=1)
+    assert want != whole  # the test can fail
+
+
 def test_every_policy_of_a_shifted_model_gives_alone_what_it_gives_among_all_others():
     model = network(make("dream", num_key_value_heads=2, num_hidden_layers=2))
     more = {"tokens_per_step": 2, "block_length": 5, "trace": True}
