@@ -22,7 +22,7 @@ from boe_vllm.base.bundled import model_path
 from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models import special
-from boe_vllm.models.build import load_model
+from boe_vllm.models.build import load_model, load_tokenizer
 from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
@@ -108,14 +108,10 @@ class Denoiser:
         Raises:
             ValueError: for a folder that is no checkpoint of a supported model.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(model_path(str(path))).expanduser()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(folder, dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), config=model.config, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(folder, model.config)
         return cls(model, tokenizer, name=folder.name, settings=settings)
 
     @property

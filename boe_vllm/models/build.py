@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from boe_vllm.models.decoder import Decoder
-from boe_vllm.models.families import config_class, config_classes
+from boe_vllm.models.families import config_class, config_classes, tell_transformers
 from boe_vllm.models.layers import Layers
 from boe_vllm.models.names import CheckpointConfig
 
@@ -98,6 +99,17 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     by_type = [known.architecture for known in config_classes() if known.model_type == kind]
     named = said.get("architectures") or by_type or [f"none, of model_type {kind}"]
     return config_class(named[0]).from_pretrained(str(folder))
+
+
+def load_tokenizer(folder: str | Path, config: CheckpointConfig) -> Any:
+    """Transformers' tokenizer for a checkpoint; no code of its repository is run.
+
+    Args:
+        folder: with the tokenizer's files.
+        config: the checkpoint's.
+    """
+    tell_transformers()
+    return AutoTokenizer.from_pretrained(str(folder), config=config, trust_remote_code=False)
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

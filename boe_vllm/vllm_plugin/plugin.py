@@ -15,17 +15,16 @@ def register() -> None:
     """
     versions.check()
 
-    from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from boe_vllm.models.families import config_classes
+    from boe_vllm.models.families import FAMILIES, tell_transformers
     from boe_vllm.vllm_plugin.config_hook import DiffusionEngineConfig
 
     # By name: importing the class here would initialise CUDA in processes that later fork.
     network = "boe_vllm.vllm_plugin.network:DecoderForDiffusion"
-    for config in config_classes():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        ModelRegistry.register_model(config.architecture, network)
-        MODELS_CONFIG_MAP[config.architecture] = DiffusionEngineConfig
+    for architecture in FAMILIES:
+        ModelRegistry.register_model(architecture, network)
+        MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig
+    tell_transformers()
     hooks.install()

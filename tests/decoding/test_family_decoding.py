@@ -94,11 +94,14 @@ def test_a_growing_canvas_shows_no_mask_beyond_the_block(family, cache):
 
 
 def test_every_policy_of_a_shifted_model_gives_alone_what_it_gives_among_all_others():
+    """Half of them on a growing canvas; tokens are drawn for every other."""
     model = network(make("dream", num_key_value_heads=2, num_hidden_layers=2))
     more = {"tokens_per_step": 2, "block_length": 5, "trace": True}
+    grows = {"canvas": "growing"}
+    asked = [fields | more | (grows if n % 4 < 2 else {}) for n, fields in enumerate(VARIANTS)]
     requests = [
-        params_of(fields | more, prompt_len=4, max_tokens=10, temperature=float(n % 2), seed=n)
-        for n, fields in enumerate(VARIANTS)
+        params_of(fields, prompt_len=4, max_tokens=10, temperature=float(n % 2), seed=n)
+        for n, fields in enumerate(asked)
     ]
     crowd = make_loop(model)
     for n, params in enumerate(requests):

@@ -30,8 +30,6 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
     {"policy": "margin", "alg_temp": 0.2, "schedule": "cosine"},
     {"policy": "klass", "confidence_threshold": 0.2, "kl_threshold": 0.3},
     {"policy": "boe", "cfg_scale": 0.5},
-    {"policy": "boe", "cfg_scale": 0.5, "canvas": "growing"},
-    {"policy": "klass", "canvas": "growing"},
     {"policy": "boe", "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.8},
     {"policy": "boe", "commit": "eb", "gamma": 1.0},
     {"policy": "info-gain", "bypass": 0.0, "cfg_scale": 0.5},

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import EOS, FAMILIES, MASK, SIZES, make, network
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
+from boe_vllm import Denoiser
 from boe_vllm.models import special
 from boe_vllm.models.build import empty_model, load_model, read_config
 from boe_vllm.models.families import config_class, config_classes
@@ -174,6 +176,42 @@ def test_a_constant_of_each_expert_enters_choice_and_weight():
     assert (saved.chosen_AK[:, 0] == 4).all()
     p = (x @ made.weights["model.layers.0.mlp.gate.weight"].T).softmax(-1)
     torch.testing.assert_close(saved.weights_AK[:, 0], p[:, 4] + 3.0)
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+def test_dreams_tokenizer_is_read_and_its_code_is_not_run(tmp_path):
+    """Its files as the repositories have them: Qwen2's, under a name and code of their own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {c: n for n, c in enumerate([*alphabet, "he", "\u0120he"])}
+    special_words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+    added = {
+        str(len(words) + n): {"content": text, "special": True, "normalized": False}
+        for n, text in enumerate(special_words)
+    }
+    told = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": added,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n\u0120 he\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "tokenization_dream.py").write_text("raise SystemExit('it ran')\n")
+    mask = len(words) + 3
+    made = make("dream", vocab_size=320, num_hidden_layers=1)
+    made.config.mask_token_id = None
+    denoiser = Denoiser.from_pretrained(made.save(tmp_path), device="cpu")
+    assert denoiser.special.mask == mask and denoiser.special.late == {EOS, mask - 1}
+    prompt = denoiser.encode("he he<|mask|>")
+    assert prompt == [words["he"], words["\u0120he"], mask]
+    assert denoiser.decode(prompt) == "he he"
+    (answer,) = denoiser.generate([prompt], policy="boe", max_tokens=4, ignore_eos=True)
+    assert len(answer.tokens) == 4 and answer.report["infill"][0]["position"] == 2
 
 
 # ---- special ids ---------------------------------------------------------------------------------

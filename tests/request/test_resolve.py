@@ -151,6 +151,20 @@ def test_a_prompt_that_leaves_no_room_is_named():
     assert resolved(prompt=[2] * 63, max_tokens=1).rows == 64
 
 
+@pytest.mark.parametrize("prompt", [[], [MASK], [MASK, 3]], ids=str)
+def test_a_shifted_model_has_nothing_to_predict_a_first_mask_from(prompt):
+    facts = model(shift=1)
+    with pytest.raises(ValueError, match="prompt: expected a token before the first mask, since"):
+        resolved(prompt=prompt, facts=facts)
+    assert resolved(prompt=[3, MASK], facts=facts).prompt_len == 2
+
+
+def test_a_shifted_model_looks_ahead_at_most_twice_as_far():
+    fields = {"policy": "joint", "tokens_per_step": 4}
+    plain, shifted = (resolved(fields, facts=model(shift=shift)).rows_ahead for shift in (0, 1))
+    assert shifted == 2 * plain > 0
+
+
 def test_huge_numbers_of_masks_are_refused_before_they_are_made():
     with pytest.raises(ValueError, match="canvas_template: expected a canvas of at most 62"):
         resolved({"canvas_template": [10**15, [3]]})

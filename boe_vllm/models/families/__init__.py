@@ -48,6 +48,18 @@ def config_classes() -> Iterator[Any]:
     return map(config_class, FAMILIES)
 
 
+def tell_transformers() -> None:
+    """Register every family's config, and tokenizer of its own, by the names that checkpoints have.
+    Safe to call again."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for config in config_classes():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        tokenizer = getattr(config, "own_tokenizer", None)
+        if tokenizer is not None:
+            AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
+
+
 def route(
     cls: Any, make: Callable[..., Any], config_dict: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> Any:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from transformers import Qwen2Tokenizer
+
 from boe_vllm.models.families.llama import LlamaShapedConfig
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """By this name the checkpoints ask for a copy of Qwen2's tokenizer that lies in their own
+    repositories, whose code is not run."""
 
 
 class DreamConfig(LlamaShapedConfig):
@@ -21,6 +28,7 @@ class DreamConfig(LlamaShapedConfig):
     # The network has its biases whatever this field says.
     unsupported: ClassVar[dict[str, Any]] = {}
     end_of_turn: ClassVar[str | None] = "<|im_end|>"
+    own_tokenizer: ClassVar[Any] = DreamTokenizer
     published_ids: ClassVar[dict[int, dict[str, int]]] = {
         152064: {"mask_token_id": 151666, "eos_token_id": 151643, "eot_token_id": 151645}
     }

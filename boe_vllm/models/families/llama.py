@@ -67,6 +67,8 @@ class LlamaShapedConfig(PretrainedConfig):
     """Further fields as in `SUPPORTED_VARIANT`."""
     end_of_turn: ClassVar[str | None] = None
     """Text of the token that ends a turn of a chat."""
+    own_tokenizer: ClassVar[Any] = None
+    """Tokenizer of the family, where transformers knows none by the name that checkpoints give."""
     published_ids: ClassVar[Mapping[int, Mapping[str, int]]] = {}
     """Size of a vocabulary -> special ids that its published checkpoints do not name themselves."""
 
