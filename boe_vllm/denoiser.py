@@ -101,7 +101,7 @@ class Denoiser:
         """Open a checkpoint's folder.
 
         Args:
-            path: the folder, or "tiny" for the bundled checkpoint.
+            path: the folder; "tiny" and "tiny-text" are the bundled ones.
             device: where the network lives. Default: the GPU if there is one, else the CPU.
             dtype: of all weights. Default: the one that the checkpoint names.
             settings: see the class.

@@ -19,7 +19,6 @@ from boe_vllm.attention import attention_backward
 from boe_vllm.models.experts import RoutedMlp
 from boe_vllm.models.functional import (
     Scratch,
-    add_rms_norm_,
     join_rotated_back,
     rms_norm,
     rms_norm_backward,
@@ -27,7 +26,8 @@ from boe_vllm.models.functional import (
     split_rotated,
 )
 from boe_vllm.models.layers import Layers
-from boe_vllm.models.mlp import DenseMlp, Mlp
+from boe_vllm.models.mlp import DenseMlp, GeluMlp, Mlp
+from boe_vllm.models.norms import norm_of
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import SavedLayer
@@ -49,6 +49,7 @@ class Block(nn.Module):
         self.head_size = shape.head_size
         self.eps = shape.eps
         self.scale = self.head_size**-0.5
+        self.norm = norm_of(shape)
         self.attn_norm = nn.Parameter(torch.ones(width), requires_grad=False)
         self.ff_norm = nn.Parameter(torch.ones(width), requires_grad=False)
         self.qkv_proj = layers.query_key_value(
@@ -60,7 +61,9 @@ class Block(nn.Module):
             self.q_norm = nn.Parameter(torch.ones(self.head_size), requires_grad=False)
             self.k_norm = nn.Parameter(torch.ones(self.head_size), requires_grad=False)
         self.attn_out = layers.output(shape.heads * self.head_size, width)
-        if shape.experts is None:
+        if shape.modulated:
+            self.mlp = GeluMlp(width, shape.inner, layers)
+        elif shape.experts is None:
             self.mlp = DenseMlp(width, shape.inner, layers)
         else:
             self.mlp = RoutedMlp(shape.experts, width, layers)
@@ -118,7 +121,7 @@ class Block(nn.Module):
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm for the MLP, [N, D] each."""
         mixed = self.sum_over_ranks(matmul_rows(mixed_NHP.flatten(1), self.attn_out.weight.t()))
-        return add_rms_norm_(mixed, x_ND, self.ff_norm, self.eps)
+        return self.norm.add_(mixed, x_ND, self.ff_norm)
 
     def feed(
         self,
@@ -134,7 +137,7 @@ class Block(nn.Module):
         fed = self.sum_over_ranks(fed)
         if then_D is None:
             return fed.add_(x_ND), None, saved
-        return *add_rms_norm_(fed, x_ND, then_D, self.eps), saved
+        return *self.norm.add_(fed, x_ND, then_D), saved
 
     def backward(
         self,
@@ -152,7 +155,7 @@ class Block(nn.Module):
         """
         dnormed = self.sum_over_ranks(self.mlp.backward(dx_AD, saved.mlp))
         after = saved.after_attention_AD
-        dx_AD = rms_norm_backward(dnormed, after, self.ff_norm, self.eps, dx_AD)
+        dx_AD = self.norm.backward(dnormed, after, self.ff_norm, dx_AD)
         dmixed = matmul_rows(dx_AD, self.attn_out.weight).view(len(dx_AD), -1, self.head_size)
         if active_A11 is not None:
             dmixed.mul_(active_A11)
@@ -169,7 +172,7 @@ class Block(nn.Module):
         if saved.heads_AXP is not None:
             dqkv = self._norm_heads_back(dqkv, saved.heads_AXP)
         dnormed = self.sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))
-        dx_AD = rms_norm_backward(dnormed, saved.before_AD, self.attn_norm, self.eps, dx_AD)
+        dx_AD = self.norm.backward(dnormed, saved.before_AD, self.attn_norm, dx_AD)
         return dx_AD, dmixed, dk, dv
 
     def _norm_heads_back(self, dqkv_AE: Tensor, before_AXP: Tensor) -> Tensor:

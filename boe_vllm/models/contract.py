@@ -116,7 +116,7 @@ class DenoisingNetwork(Protocol):
         ...
 
     def logits(self, hidden_RD: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """Logits [R, V] of final normalised hidden states, in which they are linear."""
+        """Logits [R, V] of final normalised hidden states: linear in them, up to a constant."""
         ...
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:

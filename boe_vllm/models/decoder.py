@@ -22,9 +22,10 @@ from boe_vllm.attention import attention_forward
 from boe_vllm.attention.api import resolve
 from boe_vllm.models import weights
 from boe_vllm.models.block import Block
-from boe_vllm.models.functional import Scratch, rms_norm, rms_norm_backward, rotary_tables
+from boe_vllm.models.functional import Scratch, rotary_tables
 from boe_vllm.models.layers import Layers, Vocabulary
 from boe_vllm.models.names import CheckpointConfig
+from boe_vllm.models.norms import norm_of
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedLayer, SavedPass, key_value_memory
@@ -33,7 +34,7 @@ Tensor = torch.Tensor
 
 
 class Decoder(nn.Module):
-    """The network of every Llama-shaped family; `DecoderShape` has its switches. It is a
+    """The network of every family; `DecoderShape` has its switches. It is a
     `contract.DenoisingNetwork`."""
 
     def __init__(self, config: CheckpointConfig, layers: Layers) -> None:
@@ -50,9 +51,13 @@ class Decoder(nn.Module):
         self.shift: int = shape.shift
         self.wte = layers.embedding(shape.embedding_rows, shape.width)
         self.blocks = nn.ModuleList(Block(shape, layers) for _ in range(shape.layers))
+        self.norm = norm_of(shape)
         self.ln_f = nn.Parameter(torch.ones(shape.width), requires_grad=False)
         tied_to = self.wte if shape.tied else None
         self.head = layers.head(shape.embedding_rows, shape.width, tied_to)
+        self.head_bias: nn.Parameter | None = None
+        if shape.modulated:
+            self.head_bias = nn.Parameter(torch.zeros(shape.vocab_size), requires_grad=False)
         self.scratch = Scratch()
         self._ranks = layers
 
@@ -80,7 +85,7 @@ class Decoder(nn.Module):
 
     def norm_first(self, x_ND: Tensor) -> Tensor:
         """What the first block projects of the embeddings, [N, D]."""
-        return rms_norm(x_ND, self.layers[0].attn_norm, self.shape.eps)
+        return self.norm.run(x_ND, self.layers[0].attn_norm)
 
     def norm_after(self, layer: int) -> Tensor | None:
         """[D] the weight of the norm that the block after this one begins with, if there is one."""
@@ -88,7 +93,7 @@ class Decoder(nn.Module):
 
     def norm_last(self, x_ND: Tensor) -> Tensor:
         """What the vocabulary's product takes of the last block's output, [N, D]."""
-        return rms_norm(x_ND, self.ln_f, self.shape.eps)
+        return self.norm.run(x_ND, self.ln_f)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Token embeddings, [N, D]."""
@@ -167,7 +172,7 @@ class Decoder(nn.Module):
                 their keys and values [A, G, P].
         """
         assert saved.final_AD is not None
-        dx = rms_norm_backward(dhidden_AD, saved.final_AD, self.ln_f, self.shape.eps)
+        dx = self.norm.backward(dhidden_AD, saved.final_AD, self.ln_f)
         for index in reversed(range(len(self.blocks))):
             dx, dmixed, dk, dv = self.layers[index].backward(
                 dx, saved.layers[index], saved.layout, saved.rotary_2A1p, active_A11
@@ -189,7 +194,8 @@ class Decoder(nn.Module):
         In the dtype of the network; on CUDA in float32 where that is half precision.
         """
         local = matmul_rows(hidden_RD, self.head.weight.t(), scratch, float32=True)
-        return self._ranks.gather_columns(local)[:, : self.vocab_size]
+        logits = self._ranks.gather_columns(local)[:, : self.vocab_size]
+        return logits if self.head_bias is None else logits.add_(self.head_bias)
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:
         """Gradient of `logits` with respect to the hidden states, [R, D]."""

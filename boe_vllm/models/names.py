@@ -6,10 +6,14 @@ Legend: `{n}` number of a block, `{e}` number of an expert.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from boe_vllm.models.shape import DecoderShape
+
+Tensor = torch.Tensor
 
 Place = tuple[str, Any]
 """A parameter of the network, and the part of a fused one (`layers.Part`, or an expert's)."""
@@ -81,6 +85,12 @@ class TensorNames:
         for n in range(shape.layers):
             table |= self._of_block(self.block.format(n=n), f"blocks.{n}.", shape)
         return table
+
+    def prepare(
+        self, tensors: Iterable[tuple[str, Tensor]], shape: DecoderShape
+    ) -> Iterable[tuple[str, Tensor]]:
+        """The tensors under the names of `expected`, which they have in most families."""
+        return tensors
 
     def _of_block(self, prefix: str, ours: str, shape: DecoderShape) -> dict[str, Place]:
         table: dict[str, Place] = {}

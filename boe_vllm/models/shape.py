@@ -37,7 +37,7 @@ class RopeStretch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderShape:
-    """Sizes of the bidirectional pre-norm decoder, and the five switches of its families."""
+    """Sizes of the bidirectional pre-norm decoder, and the switches of its families."""
 
     vocab_size: int
     """Tokens."""
@@ -69,5 +69,8 @@ class DecoderShape:
     """The output matrix is the embedding matrix."""
     experts: ExpertsShape | None = None
     """Routed MLPs in the place of dense ones."""
+    modulated: bool = False
+    """MDLM's network, with its modulation folded in: LayerNorm in the place of RMSNorm, a GELU MLP
+    with biases in that of SwiGLU, and a bias on the logits."""
     shift: Literal[0, 1] = 0
     """Rows by which a position's prediction lies before it (`models.rows`)."""

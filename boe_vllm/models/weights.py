@@ -31,7 +31,7 @@ def load(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
     again = {f"{names.head}.weight", f"{names.embedding}.weight"} if shape.tied else set()
     twice: dict[str, Tensor] = {}
     missing, loaded = set(expected), set()
-    for name, tensor in tensors:
+    for name, tensor in names.prepare(tensors, shape):
         if name in again:
             twice[name] = tensor
             if name not in expected:

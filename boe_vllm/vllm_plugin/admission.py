@@ -47,7 +47,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "trace_decode_token_ids": (None,),
     "thinking_token_budget": (None,),
 }
-_INSTEAD = {"prompt_logprobs": "; echo asks for it too: a chat's always, others' with logprobs"}
+_INSTEAD = {"prompt_logprobs": "; echo asks for it too (in a completion, beside logprobs)"}
 
 
 # ---- the server --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ CASES = [
     ({"policy": "entropy", "tokens_per_step": 2}, None),
     ({"policy": "confident-random", "tokens_per_step": 2}, rules.confident_random),
     ({"policy": "origin", "tokens_per_step": 2}, rules.origin),
+    ({"policy": "ancestral", "tokens_per_step": 2}, rules.ancestral),
     ({"policy": "eb", "gamma": 1.0}, functools.partial(rules.eb, gamma=1.0)),
     ({"policy": "eb", "proxy": "margin"}, functools.partial(rules.eb, proxy="margin")),
     ({"policy": "pc", "tokens_per_step": 2} | NEEDED["pc"], pc),
@@ -165,11 +166,12 @@ def test_the_kls_of_klass_are_exact(random_model):
         )
 
 
-def test_origin_ends_within_its_steps_and_passes_over_idle_ones(random_model):
+@pytest.mark.parametrize("name", ["origin", "ancestral"])
+def test_steps_that_reveal_nothing_cost_no_forward(random_model, name):
     model, _ = random_model
     loop = make_loop(model)
     for seed in range(30):
-        fields = {"policy": "origin", "gen_length": 6, "block_length": 3, "steps": 20}
+        fields = {"policy": name, "gen_length": 6, "block_length": 3, "steps": 20}
         loop.add(str(seed), [1, 2], params_of(fields, prompt_len=2, seed=seed))
     _, reports = finish(loop)
     steps = [report["denoising_steps"] for report in reports.values()]

@@ -21,6 +21,7 @@ MASKS = {
     "a2d_qwen2_0.5b": 151665,
     "a2d_llama_1b": 128256 - 1,
     "llada_moe_7b_a1b": 156895,
+    "mdlm_owt": 50257,
 }
 """The models' masks; those of Tiny-A2D are their tokenizers', which are not here."""
 
@@ -56,6 +57,10 @@ SHAPES = {
         head_size=128, inner=11008, eps=1e-5, rope_theta=5e4, head_norm=True,
         experts=ExpertsShape(count=64, chosen=8, inner=1024),
     ),
+    "mdlm_owt": shape(
+        vocab_size=50258, embedding_rows=50258, width=768, layers=12, heads=12, kv_heads=12,
+        head_size=64, inner=3072, eps=1e-5, rope_theta=1e4, qkv_bias=True, modulated=True,
+    ),
 }  # fmt: skip
 
 
@@ -85,6 +90,7 @@ def answer_of(name):
         sampler_config={"rho": 1.0},
         additional_config={"mask_token_id": MASKS[name]},
         load_format="dummy",
+        dtype="bfloat16",
         hf_overrides={"num_hidden_layers": 2},
         skip_tokenizer_init=True,
         max_model_len=256,

@@ -22,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "A2DQwen3LMHeadModel": "boe_vllm.models.families.a2d:A2DQwen3Config",
     "A2DQwen2LMHeadModel": "boe_vllm.models.families.a2d:A2DQwen2Config",
     "A2DLlamaLMHeadModel": "boe_vllm.models.families.a2d:A2DLlamaConfig",
+    "MDLM": "boe_vllm.models.families.mdlm:MDLMConfig",
     "LLaDAMoEModelLM": "boe_vllm.models.families.llada_moe:LLaDAMoEConfig",
 }
 """Architecture -> module:class of its config. No package can take a name of ours."""
