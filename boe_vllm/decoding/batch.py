@@ -17,7 +17,7 @@ import torch
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
-from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraint_table import ConstraintTable
 from boe_vllm.sampling.constraints import Constraint
@@ -105,17 +105,18 @@ def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     """The rows that one request's step computes."""
     needs = canvas.policy.needs()
     written = canvas.blocks.written(canvas.masked)
-    upcoming = canvas.blocks.upcoming(canvas.masked)
+    upcoming = canvas.blocks.upcoming(canvas.masked[: canvas.visible])
     if plan and plan.live_positions is not None:
-        upcoming = np.intersect1d(upcoming, plan.live_positions)
+        upcoming = readable(upcoming, plan.live_positions, canvas.shift)
     extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
     return SequenceRows(
-        tokens=canvas.tokens,
+        tokens=canvas.tokens[: canvas.visible],
         logit_positions=canvas.writable(),
         extra_positions=np.concatenate(extra),
         keep=needs.rows,
         live_positions=plan.live_positions if plan else None,
         frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
+        shift=canvas.shift,
     )
 
 

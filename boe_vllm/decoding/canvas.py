@@ -27,6 +27,7 @@ from boe_vllm.decoding.accounting import (
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
 from boe_vllm.models.cache import CachePlan, KeyValuePool
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
@@ -35,16 +36,6 @@ from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.guidance import Guidance
 from boe_vllm.steering.step import NextStep
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Token ids that have a meaning of their own in decoding."""
-
-    mask: int
-    eos: int
-    late: frozenset[int] = frozenset()
-    """EOS and end of turn, for `confidence_eos_eot_inf`."""
 
 
 class Canvas:
@@ -58,6 +49,7 @@ class Canvas:
         special: SpecialTokens,
         vocab_size: int,
         pool: KeyValuePool | None = None,
+        shift: int = 0,
     ) -> None:
         """Append the masks and open the first block.
 
@@ -67,11 +59,12 @@ class Canvas:
             special: ids of the mask and of the ends of text.
             vocab_size: number of tokens.
             pool: room for frozen keys and values, if the request asks for a cache.
+            shift: rows by which a position's prediction lies before it.
 
         Raises:
             ValueError: when the pool has no room left.
         """
-        self.params, self.special, self.vocab_size = params, special, vocab_size
+        self.params, self.special, self.vocab_size, self.shift = params, special, vocab_size, shift
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
         self.policy = params.policy(special.eos)
@@ -80,22 +73,21 @@ class Canvas:
         self.masked = self._masks()
         self.given = ~self.masked
         self.constraints = self._rules()
-        late = special.late if frame.confidence_eos_eot_inf else ()
-        self.late_tokens = np.array(sorted(late), np.int64)
+        last = frame.confidence_eos_eot_inf or frame.eos_eot_last
+        self.late_tokens = np.array(sorted(special.late) if last else [], np.int64)
         self.account, self.trace = Account(), Trace(len(self.tokens))
         guided = frame.cfg_scale > 0
         self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
         self._write_certain()
-        self.masked_at_start = int(self.masked.sum())
+        self.masked_at_start, self.emitted = int(self.masked.sum()), 0
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
         self.logprobs_of: dict[int, TokenLogprobs] = {}
-        self.emitted = 0
         self.cache: RequestCache | None = None
         if frame.cache != "none":
             assert pool is not None
-            length = len(self.tokens)
-            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
+            room = pool, len(self.tokens)
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, *room, shift)
         self.blocks = Blocks(
             self.plan,
             frame.schedule,
@@ -124,14 +116,21 @@ class Canvas:
         return masks
 
     def _rules(self) -> CanvasConstraints:
-        length = self.plan.gen_length
+        frame, length = self.config.frame, self.plan.gen_length
         return CanvasConstraints(
             self.params.constraints,
             self.prompt_len,
-            never=self.special.eos if self.config.frame.logits_eos_inf else None,
+            never=self.special.eos if frame.logits_eos_inf else None,
+            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
             length=length,
             end=self.params.max_tokens or length,
         )
+
+    @property
+    def visible(self) -> int:
+        """Positions that the model sees: those up to the current block's end, of a canvas that
+        grows."""
+        return self.blocks.end if self.config.frame.canvas == "growing" else len(self.tokens)
 
     @property
     def done(self) -> bool:
@@ -152,6 +151,7 @@ class Canvas:
             block=self.blocks.index,
             block_step=self.blocks.step + ahead,
             block_positions=self.blocks.positions,
+            length=self.visible,
         )
 
     def next_step(self) -> NextStep:

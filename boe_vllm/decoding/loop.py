@@ -18,12 +18,13 @@ import torch
 from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.accounting import PREFIX, Counters, TokenLogprobs, total_costs
 from boe_vllm.decoding.batch import StepBatch, pack_step
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import Errors, decide, unproposed, views_of
 from boe_vllm.decoding.snapshots import Snapshots
 from boe_vllm.models.cache import CachedRows, KeyValuePool
-from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.functional import Scratch
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.distributions import VocabularyMemory
@@ -56,7 +57,7 @@ class DenoisingLoop:
 
     def __init__(
         self,
-        model: Decoder,
+        model: DenoisingNetwork,
         *,
         special: SpecialTokens,
         device: torch.device,
@@ -97,6 +98,7 @@ class DenoisingLoop:
             special=self.special,
             vocab_size=self.model.vocab_size,
             pool=self.pool,
+            shift=self.model.shift,
         )
 
     def remove(self, request_id: str) -> None:

@@ -39,10 +39,14 @@ class FrameConfig:
     """Canvas length in tokens. Default: `max_tokens`, rounded up to whole blocks."""
     block_length: PositiveInt | None = None
     """Tokens per block; blocks are decoded left to right. Default: 32, or the canvas if shorter."""
+    canvas: Literal["fixed", "growing"] = "fixed"
+    """Whether the whole canvas is there from the start (LLaDA), or each block is appended once the
+    one before is done (iLLaDA), so that no later mask, and no later text, is seen."""
     steps: PositiveInt | None = None
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
-    """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    """Tokens committed per denoising step; the alternative to `steps`. Default: what a policy
+    decides itself where it does, otherwise 1."""
     schedule: Schedule = "linear"
     """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
     at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
@@ -57,7 +61,11 @@ class FrameConfig:
     logits_eos_inf: bool = False
     """Never propose EOS (LLaDA's option of the same name)."""
     confidence_eos_eot_inf: bool = False
-    """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
+    """Commit proposed EOS and EoT last, as LLaDA's code does at temperature 0: their logits are
+    -inf in the softmax of the confidences, so that all others are divided by
+    `1 - p_EOS - p_EOT`."""
+    eos_eot_last: bool = False
+    """Commit proposed EOS and EoT last, and leave all other confidences as they are (ours)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
     stream_canvas: bool = False
@@ -166,10 +174,14 @@ def parse_sampler_config(
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
+    frame_config = _frame(base.frame, frame, given_text)
+    built = options.build(settings_class, settings)
+    if frame_config.steps is not None or frame_config.tokens_per_step is not None:
+        built = built.paced()
     return SamplerConfig(
         policy=policy,
-        frame=_frame(base.frame, frame, given_text),
-        settings=options.build(settings_class, settings),
+        frame=frame_config,
+        settings=built,
         server=server_config,
         given_text=given_text,
     )

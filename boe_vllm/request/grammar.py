@@ -31,7 +31,7 @@ from boe_vllm.sampling.automaton import ByteAutomaton, TokenAutomaton, over_toke
 from boe_vllm.sampling.canvas_constraints import grammar_on_canvas
 
 if TYPE_CHECKING:
-    from boe_vllm.request.resolve import ModelFacts
+    from boe_vllm.request.facts import ModelFacts
 
 MAX_LENGTH = 1 << 18
 """Characters of a schema or an expression."""

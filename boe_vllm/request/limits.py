@@ -34,6 +34,9 @@ class EngineSettings:
     score_grid: Annotated[float, Field(gt=0)] | None = None
     """Round statistics to multiples of this before policies compare them, for tensor parallelism
     across unlike hardware. Default: no rounding."""
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    """Token that stands for "not written yet". Default: the one that config.json or the tokenizer
+    names."""
     default_max_tokens: PositiveInt = 256
     """Tokens of a canvas where a request gives neither `max_tokens` nor a length of its own."""
     default_seed: Seed | None = None

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
-from boe_vllm.request.given_text import Encode
-from boe_vllm.request.grammar import Grammar, Vocabulary, under_grammar
+from boe_vllm.request.facts import ModelFacts
+from boe_vllm.request.grammar import Grammar, under_grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -48,21 +48,6 @@ class SamplingFields:
     """Every token that ends the request, the end of text included."""
     grammar: Grammar | None = None
     """What the output must be."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """What resolving a request needs to know of the model."""
-
-    vocab_size: int
-    max_model_len: int
-    """Tokens of prompt and canvas together."""
-    mask_token_id: int
-    eos_token_id: int
-    encode: Encode | None = None
-    """Token ids of a text, without special tokens; None where there is no tokenizer."""
-    vocabulary: Callable[[], Vocabulary] | None = None
-    """The tokens as bytes; None where there is no tokenizer."""
 
 
 def resolve(
@@ -122,7 +107,7 @@ def resolve(
         rows=(len(prompt) + plan.gen_length) * _passes(config),
     )
     masks = plan.masks_by_block(texts, infill=infill)
-    ahead = _check_work(request, masks, server.limits, model.eos_token_id)
+    ahead = _check_work(request, masks, server.limits, model)
     request = dataclasses.replace(request, rows_ahead=ahead)
     return under_grammar(sampling.grammar, request, model, server.limits.grammar_timeout_s)
 
@@ -142,6 +127,12 @@ def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
         raise ValueError(
             f"prompt: expected less than the {model.max_model_len} tokens that the context holds, "
             f"got {len(prompt)}; shorten it"
+        )
+    if model.shift and (not prompt or prompt[0] == model.mask_token_id):
+        raise ValueError(
+            "prompt: expected a token before the first mask, since this model predicts a position "
+            "from the one before it, got none; begin the prompt with some text or the tokenizer's "
+            "beginning of text"
         )
 
 
@@ -178,7 +169,7 @@ def _passes(config: SamplerConfig) -> int:
 
 
 def _check_work(
-    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, eos_token_id: int
+    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, model: ModelFacts
 ) -> int:
     """Refuse too many steps and too much look-ahead; most rows of look-ahead in one step.
 
@@ -186,15 +177,20 @@ def _check_work(
         request: resolved otherwise.
         masks: masked positions of each block before its first step.
         limits: the server's.
-        eos_token_id: id of EOS.
+        model: what will decode it.
     """
     config, plan = request.config, request.plan
-    policy = request.policy(eos_token_id)
+    policy = request.policy(model.eos_token_id)
     limits.check("steps", sum(policy.step_limit(m, plan.steps_for(m)) for m in masks))
     length = request.prompt_len + plan.gen_length
-    ahead = _passes(config) * max(
-        policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
-        for m in set(masks)
+    # A supposition runs the rows at which its positions are read as well: at most one for each.
+    ahead = (
+        (1 + model.shift)
+        * _passes(config)
+        * max(
+            policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
+            for m in set(masks)
+        )
     )
     limits.check("policy", ahead)
     return ahead

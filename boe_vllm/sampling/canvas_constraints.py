@@ -11,10 +11,12 @@ Legend: `L` positions of prompt and canvas, `M` some masked positions, `b` write
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
-from boe_vllm.sampling.constraints import Constraint, TokenConstraints, without_token
+from boe_vllm.sampling.constraints import Constraint, TokenConstraints, of_special_tokens
 from boe_vllm.sampling.grammar import CanvasGrammar
 
 
@@ -45,6 +47,7 @@ class CanvasConstraints:
         prompt_len: int,
         *,
         never: int | None = None,
+        discounted: tuple[int, ...] = (),
         length: int = 0,
         end: int = 0,
     ) -> None:
@@ -54,6 +57,7 @@ class CanvasConstraints:
             constraints: the request's.
             prompt_len: where its canvas begins.
             never: a token that is banned everywhere.
+            discounted: tokens that are left out of the others' confidences.
             length: tokens of its canvas, for a grammar.
             end: how many of them are sent at most, for a grammar.
         """
@@ -62,10 +66,15 @@ class CanvasConstraints:
         if constraints.grammar is not None:
             self.grammar = grammar_on_canvas(constraints, length, end)
         self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
-        self.any = constraints.any or never is not None
+        self.any = constraints.any or never is not None or bool(discounted)
         self.always = constraints.everywhere
         if never is not None:
-            self.always = self.always.banning([never]) if constraints.any else without_token(never)
+            self.always = self.always.banning([never])
+        if discounted:
+            ids = np.array(discounted)
+            self.always = dataclasses.replace(self.always, discounted_token_ids=ids)
+        if not constraints.any:
+            self.always = of_special_tokens(never, discounted)
         self.early = self.always.banning(constraints.stop_token_ids)
         self.early_positions = range(prompt_len, prompt_len + constraints.min_tokens)
 

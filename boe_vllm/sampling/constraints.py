@@ -48,6 +48,8 @@ class Constraint:
     """A draw is one of the fewest most likely tokens whose probability reaches this."""
     min_p: float = 0.0
     """A draw's probability is at least this share of the largest."""
+    discounted_token_ids: IntArray = dataclasses.field(default_factory=_no_tokens)
+    """Tokens that are left out of the softmax behind the others' confidences."""
 
     @property
     def edits(self) -> bool:
@@ -59,6 +61,11 @@ class Constraint:
     def filters(self) -> bool:
         """Whether draws are restricted."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def discounts(self) -> bool:
+        """Whether confidences are those of a softmax without some tokens."""
+        return len(self.discounted_token_ids) > 0
 
     def permits(self, token: int) -> bool:
         """Whether the token may be written."""
@@ -88,6 +95,12 @@ class Constraint:
             logits[:, tokens.banned] = NEVER
         logits_RV[rows_r] = logits
 
+    def discount(self, confidence_R: Tensor, logp_RV: Tensor, rows_r: Tensor) -> None:
+        """Divide some rows' confidences in place by `1 - p` of all discounted tokens."""
+        rest = 1 - logp_RV[rows_r][:, _tokens_on(self, logp_RV.device).discounted].exp().sum(-1)
+        # A discounted token that is drawn may leave less than its own probability to the others.
+        confidence_R[rows_r] = (confidence_R[rows_r] / rest.clamp_min(1e-12)).clamp_max(1.0)
+
     def filter(self, p_rV: Tensor) -> Tensor:
         """[r, V] the (tempered) probabilities with 0 for what a draw may not be.
 
@@ -115,6 +128,7 @@ class _Tokens:
     banned: Tensor
     biased: Tensor
     bias: Tensor
+    discounted: Tensor
 
 
 _ON_DEVICE: WeakKeyDictionary[Constraint, dict[torch.device, _Tokens]] = WeakKeyDictionary()
@@ -124,21 +138,27 @@ _ON_DEVICE: WeakKeyDictionary[Constraint, dict[torch.device, _Tokens]] = WeakKey
 def _tokens_on(constraint: Constraint, device: torch.device) -> _Tokens:
     known = _ON_DEVICE.setdefault(constraint, {})
     if device not in known:
-        lists = constraint.banned_token_ids, constraint.biased_token_ids, constraint.logit_bias
+        lists = [constraint.banned_token_ids, constraint.biased_token_ids, constraint.logit_bias]
+        lists.append(constraint.discounted_token_ids)
         allowed = constraint.allowed_token_ids
-        banned, biased, bias, *rest = to_device(
+        banned, biased, bias, discounted, *rest = to_device(
             [*lists, *([] if allowed is None else [allowed])], device
         )
         known[device] = _Tokens(
-            allowed=rest[0] if rest else None, banned=banned, biased=biased, bias=bias
+            allowed=rest[0] if rest else None,
+            banned=banned,
+            biased=biased,
+            bias=bias,
+            discounted=discounted,
         )
     return known[device]
 
 
 @functools.cache
-def without_token(token: int) -> Constraint:
-    """The constraint that bans one token; the same object for every request."""
-    return Constraint(banned_token_ids=np.array([token]))
+def of_special_tokens(never: int | None, discounted: tuple[int, ...] = ()) -> Constraint:
+    """Bans one token, or discounts some; the same object for every request."""
+    banned = _no_tokens() if never is None else np.array([never])
+    return Constraint(banned_token_ids=banned, discounted_token_ids=np.array(discounted, np.int64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

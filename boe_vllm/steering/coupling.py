@@ -26,8 +26,8 @@ import torch
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
 from boe_vllm.models.functional import accurate
-from boe_vllm.steering.hypothetical import run_guided
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
+from boe_vllm.steering.supposed import Supposition, run_suppositions, suppose
 
 Tensor = torch.Tensor
 Estimator = Literal["exact", "pairs", "attention", "overlap"]
@@ -71,6 +71,36 @@ class Coupling(Query[FloatArray]):
         return [results[n] for n in range(len(queries))]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Attention(Query[FloatArray]):
+    """Attention between masked rows: float64 [C, C], row i looking at column j, mean over the heads
+    of the last layers. Costs no forward."""
+
+    index: IntArray
+    """[C] indices into `View.positions`."""
+    layers: float
+    """Share of the layers, the last ones; at least one."""
+
+    @classmethod
+    def solve(
+        cls, current: DenoisingPass, queries: Sequence[tuple[int, Attention]]
+    ) -> list[QueryResult[FloatArray]]:
+        """Read off the step's own pass."""
+        assert current.saved is not None
+        results = []
+        for s, query in queries:
+            transfer = Transfer(current.device)
+            place = current.place(s)
+            read = current.saved_rows(place, current.read_rows(place, query.index))
+            rows = transfer.add(read)
+            columns = transfer.add(query.index)
+            count = max(1, round(query.layers * len(current.saved.layers)))
+            total = _attention_between(current, s, rows.tensor, columns.tensor, count)
+            mean = total.double().cpu().numpy() / (count * current.model.config.shape().heads)
+            results.append(QueryResult(value=mean))
+        return results
+
+
 # ---- measured on hypothetical states -------------------------------------------------------------
 
 
@@ -81,27 +111,11 @@ def _measured(
 
     In "exact" all masked rows of the block are run again, in "pairs" the pool's rows alone.
     """
-    rows, tokens, read = [], [], []
-    first = 0
-    for s, query in queries:
-        many, own = len(query.pool), query.pool
-        if query.estimator == "exact":
-            own = np.arange(len(current.sequences[s].logit_positions))
-        states = np.tile(own, (many, 1))
-        ids = np.full(states.shape, current.log_probs.mask_token_id)
-        columns = np.searchsorted(own, query.pool)
-        ids[np.arange(many), columns] = query.tokens
-        rows.append(states)
-        tokens.append(ids.ravel())
-        read.append(first + (np.arange(many)[:, None] * len(own) + columns[None, :]).ravel())
-        first += states.size
-    transfer = Transfer(current.device)
-    wanted = transfer.add(np.concatenate(read))
-    sequences = [s for s, _ in queries]
-    hidden = run_guided(current, sequences, rows, np.concatenate(tokens), transfer)
-    changes = _changes(current, hidden[wanted.tensor], queries)
+    supposed = [_supposition(current, s, query) for s, query in queries]
+    hidden = run_suppositions(current, supposed, Transfer(current.device))
+    changes = _changes(current, hidden, queries)
     results, start = [], 0
-    for (s, query), states in zip(queries, rows, strict=True):
+    for (s, query), states in zip(queries, supposed, strict=True):
         many = len(query.pool)
         directed = changes[query.measure][start : start + many * many].reshape(many, many)
         start += many * many
@@ -112,6 +126,26 @@ def _measured(
             QueryResult(value=matrix, forwards=passes, rows_forward=passes * states.size)
         )
     return results
+
+
+def _supposition(current: DenoisingPass, s: int, query: Coupling) -> Supposition:
+    """One state for each member of the pool, with its proposal written."""
+    own = query.pool
+    if query.estimator == "exact":
+        own = np.arange(len(current.sequences[s].logit_positions))
+    return suppose(
+        current,
+        s,
+        own=own,
+        written=_places_in(own, query.pool)[:, None],
+        tokens=query.tokens[:, None],
+        read=query.pool,
+    )
+
+
+def _places_in(values: IntArray, wanted: IntArray) -> IntArray:
+    order = np.argsort(values)
+    return order[np.searchsorted(values, wanted, sorter=order)]
 
 
 def _changes(
@@ -146,10 +180,11 @@ def _read_off(
 ) -> list[QueryResult[FloatArray]]:
     """ "attention" and "overlap": with one read for all queries."""
     transfer = Transfer(current.device)
-    indices = [
-        (transfer.add(current.saved_rows(current.place(s), query.pool)), transfer.add(query.pool))
-        for s, query in queries
-    ]
+    indices = []
+    for s, query in queries:
+        place = current.place(s)
+        read = current.read_saved_rows(place, query.pool)
+        indices.append((transfer.add(read), transfer.add(query.pool)))
     found = []
     for (s, query), (rows, columns) in zip(queries, indices, strict=True):
         found.append(_attention_between(current, s, rows.tensor, columns.tensor))
@@ -170,7 +205,9 @@ def _read_off(
     return results
 
 
-def _attention_between(current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor) -> Tensor:
+def _attention_between(
+    current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor, last: int = 0
+) -> Tensor:
     """[C, C] attention between rows of a sequence, summed over layers and heads.
 
     Of a CFG pair, the sequence's own.
@@ -178,14 +215,15 @@ def _attention_between(current: DenoisingPass, s: int, rows_C: Tensor, columns_C
     Args:
         current: the step's pass, with what it saved.
         s: the sequence.
-        rows_C: saved rows of the pool.
+        rows_C: saved rows at which the pool is read.
         columns_C: the pool's places among the sequence's key rows.
+        last: layers that count, from the end; 0 for all.
     """
     assert current.saved is not None
     layout, place = current.layout.attention, current.place(s)
     span = slice(layout.kv_starts[place], layout.kv_starts[place] + layout.kv_seqlens[place])
     total = torch.zeros(len(rows_C), len(rows_C), device=current.device)
-    for saved in current.saved.layers:
+    for saved in current.saved.layers[-last:]:
         q_HCP = saved.queries_AHP[rows_C].transpose(0, 1)
         group = q_HCP.shape[0] // saved.keys_SGP.shape[1]
         keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)

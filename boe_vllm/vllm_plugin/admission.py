@@ -19,10 +19,11 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import VLLM_EXTRA_ARGS
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.given_text import Encode
 from boe_vllm.request.grammar import Vocabulary
 from boe_vllm.request.limits import ServerSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.vllm_plugin.grammars import grammar_of, vocabulary_of
 from boe_vllm.vllm_plugin.transport import check_transport, refusal
@@ -46,9 +47,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "trace_decode_token_ids": (None,),
     "thinking_token_budget": (None,),
 }
-_INSTEAD = {
-    "prompt_logprobs": "; echo asks for it too: in a chat always, elsewhere together with logprobs",
-}
+_INSTEAD = {"prompt_logprobs": "; echo asks for it too (in a completion, beside logprobs)"}
 
 
 # ---- the server --------------------------------------------------------------------------------
@@ -71,6 +70,7 @@ def model_facts(model_config: ModelConfig) -> ModelFacts:
         max_model_len=model_config.max_model_len,
         mask_token_id=model_config.hf_config.mask_token_id,
         eos_token_id=model_config.hf_config.eos_token_id,
+        shift=model_config.hf_config.shift,
         encode=_encoder(model_config),
         vocabulary=_vocabulary(model_config),
     )

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from boe_vllm.models.families import FAMILIES
 from boe_vllm.vllm_plugin import versions
 from boe_vllm.vllm_plugin.wrapping import when_imported, wrap
 
-ARCHITECTURE = "LLaDAModelLM"
 FLAGS = ("sampler", "sampler_config")
 
 
@@ -175,9 +175,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(self, *args, **kwargs)
         if asked_for and not is_ours(config):
             raise ValueError(
-                f"{asked_for[0]}: expected a masked diffusion model ({ARCHITECTURE}), got "
+                f"{asked_for[0]}: expected a masked diffusion model ({', '.join(FAMILIES)}), got "
                 f"{config.model_config.architecture} ({self.model}); remove the setting or serve "
-                f"a LLaDA checkpoint"
+                f"one of these"
             )
         return config
 
@@ -191,7 +191,7 @@ def _create_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_model_config(self: Any) -> Any:
         config = original(self)
         stored = str(getattr(config.hf_config, "dtype", None)).removeprefix("torch.")
-        if config.architecture == ARCHITECTURE and (self.dtype, stored) == ("auto", "float32"):
+        if config.architecture in FAMILIES and (self.dtype, stored) == ("auto", "float32"):
             import torch
 
             config.dtype = torch.float32
@@ -267,4 +267,4 @@ def _asks_the_model() -> bool:
 def is_ours(vllm_config: Any) -> bool:
     """Whether an engine's model is a masked diffusion model of ours."""
     model_config = vllm_config.model_config
-    return model_config is not None and model_config.architecture == ARCHITECTURE
+    return model_config is not None and model_config.architecture in FAMILIES

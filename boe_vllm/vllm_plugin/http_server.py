@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
+from boe_vllm.models.families import FAMILIES
 from boe_vllm.vllm_plugin import hooks, versions
 from boe_vllm.vllm_plugin.wrapping import when_imported, wrap
 
@@ -220,7 +221,7 @@ def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
 def _build_app(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_app(args: Any, tasks: Any = None, model_config: Any = None) -> Any:
         app = original(args, tasks, model_config)
-        if model_config is not None and model_config.architecture == hooks.ARCHITECTURE:
+        if model_config is not None and model_config.architecture in FAMILIES:
             from boe_vllm.vllm_plugin import watch_page
 
             watch_page.attach(app, args.additional_config)

@@ -35,6 +35,9 @@ RUN_BY = {
     r"vllm serve .* --sampler alternate": "tests/docs/test_extending.py::test_a_policy_in_one_file",
     r"vllm serve$": "tests/server.py::serve",
     r'vllm serve "\$\(python -c .*tiny_model_path': "tests/server.py::tiny_model_path",
+    r'vllm serve "\$\(python -c .*tiny_text_model_path': (
+        f"{PLUGIN}/test_serving_mdlm.py::tiny_text_model_path"
+    ),
     r"vllm serve MODEL --sampler boe": "tests/lab/test_lm_eval.py::server",
     r"vllm bench throughput": f"{HERE}::test_vllms_throughput_benchmark_runs",
     r"vllm bench serve": f"{HERE}::test_vllms_serving_benchmark_runs",
@@ -48,6 +51,9 @@ RUN_BY = {
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",
     r"python examples/train_scorer.py": f"{HERE}::test_the_tables_commands_run",
     r"boe-vllm eval --model tiny --(table|figure)": f"{HERE}::test_the_tables",
+    r"boe-vllm eval --model tiny-text": (
+        "tests/lab/test_stories.py::test_eval_writes_what_the_source_says"
+    ),
     r"boe-vllm eval (--model tiny )?--contest": (
         "tests/lab/test_sweep.py::test_a_contest_is_run_once"
     ),
@@ -60,6 +66,7 @@ RUN_BY = {
     r"python -m boe_vllm\.lab\.bench fidelity": (
         "tests/steering/test_fidelity.py::test_fidelity_ends"
     ),
+    r"boe-vllm grade": "tests/lab/test_graders.py::test_the_command_prints_both_shares",
     r"boe-vllm bench predict": "tests/lab/test_predict.py::test_predict_prints_passes",
     r"python scripts/gpu_check.py": "tests/lab/test_gpu_check.py::test_everything_is_ok",
     r"boe-vllm bench": "tests/lab/test_bench.py::test_throughput_ends",

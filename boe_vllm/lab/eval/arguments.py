@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from boe_vllm import TINY
+from boe_vllm import TINY, TINY_TEXT
 from boe_vllm.lab.eval.presets import CONTEST, Preset, preset_named
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.variants import Variant, parse, parse_fields
-from boe_vllm.lab.tasks import FILE_TASKS, TASKS
+from boe_vllm.lab.tasks import FILE_TASKS, TASKS, Dialect
 
 DEFAULT_POLICIES = "confidence,boe"
 
@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_what(made: argparse.ArgumentParser) -> None:
     what = made.add_argument_group("what is run")
-    what.add_argument("--model", default=TINY, help="path or name; tiny is the bundled one")
+    what.add_argument(
+        "--model", default=TINY, help="path or name; tiny and tiny-text are the bundled ones"
+    )
     what.add_argument("--tasks", metavar="A,B,...", help="see below")
     what.add_argument(
         "--policies",
@@ -80,6 +82,12 @@ def _add_files_and_ways(made: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--no-run", action="store_true", help="sum up what is there, run nothing")
     files.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmark files")
+    files.add_argument(
+        "--grader",
+        choices=get_args(Dialect),
+        default="strict",
+        help="whose rules judge answers to benchmarks (default strict)",
+    )
     files.add_argument("--frequencies", type=Path, metavar="FILE", help="token table, for pc")
     files.add_argument("--scorer", metavar="PATH", help="causal language model, for --table 4")
     files.add_argument("--trace", action="store_true", help="record how each token was committed")
@@ -108,17 +116,17 @@ def read(args: argparse.Namespace) -> Settings:
     """
     table = _table(args)
     preset = preset_named(table) if table else None
-    tiny = args.model == TINY
+    bundled = args.model in (TINY, TINY_TEXT)
     _check(args, preset, table)
     lengths = _integers("--gen-length", args.gen_length)
-    if lengths is None and preset is not None and not tiny:
+    if lengths is None and preset is not None and not bundled:
         lengths = preset.gen_lengths
     rates = _integers("--tokens-per-step", args.tokens_per_step)
     variants = _variants(args.policies, preset)
     paired, against = _pairs(args, preset, [variant.label for variant in variants])
     return Settings(
         model=args.model,
-        tasks=_tasks(args.tasks, preset, tiny),
+        tasks=_tasks(args.tasks, preset, args.model),
         variants=variants,
         gen_lengths=lengths,
         tokens_per_step=rates or (preset.tokens_per_step if preset else (1,)),
@@ -130,6 +138,7 @@ def read(args: argparse.Namespace) -> Settings:
         fields=parse_fields(args.set, "--set"),
         trace=args.trace,
         data=args.data,
+        grader=args.grader,
         frequencies=args.frequencies,
         engine_args=_mapping("--engine-args", args.engine_args),
         table=table,
@@ -161,7 +170,7 @@ def _check(args: argparse.Namespace, preset: Preset | None, table: str | None) -
         raise ValueError(
             f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
         )
-    if table == "table 4" and args.scorer is None:
+    if table == "table 4" and args.scorer is None and args.model != TINY_TEXT:
         raise ValueError(
             "--scorer: expected the path of a causal language model for --table 4, got none; "
             "name one, such as the folder of gpt2-large"
@@ -199,10 +208,11 @@ def _pairs(
     return paired, against
 
 
-def _tasks(text: str | None, preset: Preset | None, tiny: bool) -> tuple[str, ...]:
+def _tasks(text: str | None, preset: Preset | None, model: str) -> tuple[str, ...]:
     if text is None:
         assert preset is not None
-        return preset.bundled if tiny else preset.tasks
+        bundled = {TINY: preset.bundled, TINY_TEXT: preset.of_text}
+        return bundled.get(model) or preset.tasks
     return _names("--tasks", text)
 
 

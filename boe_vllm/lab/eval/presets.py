@@ -4,6 +4,7 @@ arguments of `boe-vllm eval`."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from boe_vllm.lab.eval.variants import Variant, parse
@@ -24,6 +25,8 @@ class Preset:
     bundled: tuple[str, ...]
     """Tasks for the bundled checkpoint, each at its own canvas length."""
     variants: tuple[Variant, ...]
+    of_text: tuple[str, ...] | None = None
+    """Tasks for the bundled checkpoint of text; None takes `tasks`."""
     gen_lengths: tuple[int, ...]
     tokens_per_step: tuple[int, ...]
     temperature: float = 0.0
@@ -59,7 +62,8 @@ PRESETS = {
         title="Table 4: quality of text",
         tasks=("text",),
         bundled=("sudoku6-few",),
-        variants=_variants("random", "confidence", "remdm", PAPER, JOINT),
+        of_text=("stories",),
+        variants=_variants("ancestral", "remdm", "confidence", PAPER, "boe", JOINT),
         gen_lengths=(1024,),
         tokens_per_step=(8,),  # T = 128 steps of 1024 tokens
         temperature=1.0,
@@ -92,8 +96,14 @@ PRESETS = {
     ),
 }
 
-OWN_RATE = frozenset({"eb", "threshold", "factor", "klass"})
+OWN_RATE = frozenset({"eb", "threshold", "factor", "klass", "punt", "dapd", "credit", "hierarchy"})
 """Policies that decide themselves how many tokens they write in a step."""
+
+
+def own_rate(fields: Mapping[str, Any]) -> bool:
+    """Whether a cell's policy decides itself how many tokens it writes in a step."""
+    return fields["policy"] in OWN_RATE or fields.get("commit") == "rounds"
+
 
 CONTEST = "contest"
 RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "joint", "pairwise exact")

@@ -11,8 +11,9 @@ from typing import Any
 from boe_vllm.lab.eval import costs
 from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.cells import Cell
-from boe_vllm.lab.eval.presets import OWN_RATE
+from boe_vllm.lab.eval.presets import own_rate
 from boe_vllm.lab.eval.statistics import mean, wilson
+from boe_vllm.lab.tasks import stories
 
 Row = dict[str, Any]
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -108,6 +109,7 @@ def _settings(cell: Cell) -> Row:
     return {
         "policy_name": cell.fields["policy"],
         "settings": json.dumps(settings, sort_keys=True),
+        "own_rate": own_rate(cell.fields),
     }
 
 
@@ -137,6 +139,16 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
+def told_row(label: str, rate: int | None, texts: Sequence[Sequence[str]]) -> Row:
+    """One line of what the source of the stories says of texts; shares with Wilson's interval."""
+    found = stories.figures(texts)
+    possible = round(found["possible"] * len(texts))  # type: ignore[operator]
+    low, high = wilson(possible, len(texts))
+    share = f"{percent(possible / len(texts))} % ({percent(low)} to {percent(high)})"
+    shown = {k: str(v) if isinstance(v, stories.Mean) else v for k, v in found.items()}
+    return {"policy": label, "tokens/step": rate, **shown, "possible": share}
+
+
 def percent(value: float | None) -> str:
     """A share, in percent with one decimal."""
     return "-" if value is None else f"{100 * value:.1f}"
@@ -149,7 +161,7 @@ def overview(rows: Sequence[Row]) -> str:
             "task": row["task"],
             "policy": row["policy"],
             "L": row["gen_length"],
-            "tokens/step": "own" if row["policy_name"] in OWN_RATE else row["tokens_per_step"],
+            "tokens/step": "own" if row["own_rate"] else row["tokens_per_step"],
             "n": row["n"],
             "score %": percent(row["score"]),
             "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",
