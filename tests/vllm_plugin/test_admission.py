@@ -1,6 +1,7 @@
 """A request that cannot be served is refused before the engine sees it, and says why."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -276,6 +277,10 @@ def test_the_resolved_request_survives_the_way_to_the_engine(config):
         assert again.to_wire() == resolved.to_wire() == json.loads(json.dumps(resolved.to_wire()))
         assert (again.config, again.plan) == (resolved.config, resolved.plan)
         assert type(again.config.settings) is type(resolved.config.settings)
+        before, after = resolved.constraints.everywhere, again.constraints.everywhere
+        for field in dataclasses.fields(before):
+            values = getattr(before, field.name), getattr(after, field.name)
+            assert type(values[0]) is type(values[1]), field.name
 
 
 def test_a_request_is_resolved_once(config, monkeypatch):

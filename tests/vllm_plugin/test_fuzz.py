@@ -37,7 +37,7 @@ from boe_vllm.vllm_plugin import admission
 
 REFUSALS = (ValueError, TypeError, AttributeError, VLLMValidationError)  # some are vLLM's own
 CASES = int(os.environ.get("BOE_VLLM_FUZZ_CASES", "60"))
-CONTEXT, VOCAB, MASK = 64, 264, 261
+CONTEXT, VOCAB, EOS, MASK = 64, 264, 257, 261
 ENDS: Counter[str] = Counter()
 """How the cases ended; printed at the end, for `-s`."""
 MOST_STEPS = 2000  # of the engine; the server's limit on steps is below it
@@ -417,8 +417,8 @@ def test_any_request_is_refused_or_served_and_harms_nobody(
         return
     served = check(llm, control, prompt, params, early=early, priority=priority)
     regex = params.structured_outputs and params.structured_outputs.regex
-    whole = isinstance(served, RequestOutput) and params.detokenize
-    if regex and whole and not (params.stop or params.stop_token_ids):
+    if regex and isinstance(served, RequestOutput) and not (params.stop or params.stop_token_ids):
         ENDS["grammar"] += 1
         for completion in served.outputs:
-            assert re.fullmatch(regex, completion.text), (params, completion)
+            text = bytes(t for t in completion.token_ids if t != EOS).decode()  # a token is a byte
+            assert re.fullmatch(regex, text), (params, completion)
