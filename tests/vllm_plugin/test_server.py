@@ -472,6 +472,7 @@ SAMPLES = {
     "temperature": 1.0,
     "seed": 3,
     "ignore_eos": True,
+    "vllm_xargs": {"policy": "confidence"},
 }
 
 
@@ -522,6 +523,7 @@ MEAN = {"messages": [{"role": "user", "content": "What does <|mdm_mask|> mean?"}
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_chats_messages_are_written_only_if_it_says_so(url, stream):
     for fields, runs in (({}, 0), ({"infill": "true"}, 1), ({"infill": False}, 0)):
+        fields = {"policy": "confidence"} | fields
         body = {"model": MODEL, "max_tokens": 6, "ignore_eos": True, "vllm_xargs": fields} | MEAN
         if stream:
             chunks = chunks_of(url, "chat/completions", body)
