@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "bench": "boe_vllm.lab.bench",
     "eval": "boe_vllm.lab.eval",
+    "grade": "boe_vllm.lab.tasks.grade",
     "plot": "boe_vllm.lab.pictures.plot",
     "watch": "boe_vllm.lab.pictures.watch",
     "fields": "boe_vllm.request.reference_text",

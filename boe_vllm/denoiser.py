@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from boe_vllm.base.bundled import model_path
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models import special
 from boe_vllm.models.build import load_model, load_tokenizer
 from boe_vllm.models.contract import DenoisingNetwork
+from boe_vllm.models.special import SpecialTokens
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import EngineSettings, ServerSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 
 MAX_ROWS = 8192

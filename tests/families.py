@@ -82,7 +82,9 @@ class Checkpoint:
             folder / "model.safetensors",
         )
         fields = {k: v for k, v in self.config.to_dict().items() if k != "rope_parameters"}
-        fields["rope_theta"] = self.config.rope_parameters["rope_theta"]
+        rope = dict(self.config.rope_parameters)
+        fields["rope_theta"] = rope.pop("rope_theta")
+        fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         (folder / "config.json").write_text(json.dumps(fields, default=str))
         return folder
 
@@ -139,8 +141,8 @@ def shifted(logits_LV: Tensor, shift: int) -> Tensor:
 def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any):
     """A checkpoint of a family, with every parameter of the oracle drawn anew."""
     architecture, config_of, class_of, only_theirs, only_ours = FAMILIES[family]
+    rope = {"rope_theta": 1000.0, "rope_type": "default"} | changes.pop("rope", {})
     sizes = SIZES | changes
-    rope = {"rope_theta": 1000.0, "rope_type": "default"}
     theirs = config_of(**sizes, **only_theirs, rope_parameters=dict(rope), eos_token_id=EOS)
     theirs._attn_implementation = theirs._experts_implementation = "eager"
     with computing_in(dtype):

@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import view_of
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
@@ -17,9 +18,11 @@ from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.change import PredictionChange
-from boe_vllm.steering.coupling import Coupling
+from boe_vllm.steering.coupling import Attention, Coupling
 from boe_vllm.steering.importance import TokenImportance
+from boe_vllm.steering.likelihood import Likelihood
 from boe_vllm.steering.lookahead import Lookahead, Prospect
+from boe_vllm.steering.shift import Shift
 
 VOCAB, MASK = 9, 8
 GRID = 2**-16
@@ -82,6 +85,15 @@ class Toy:
             return np.zeros(len(query.candidates)), 0
         if isinstance(query, Coupling):
             return np.zeros((len(query.pool), len(query.pool))), 0
+        if isinstance(query, Attention):
+            return np.zeros((len(query.index), len(query.index))), 0
+        if isinstance(query, Shift):
+            return np.zeros(len(positions)), 1
+        if isinstance(query, Likelihood):
+            logits = np.array(self.logits(tokens))[positions[query.index]].reshape(-1, VOCAB)
+            logits[:, MASK] = -1e30
+            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            return logp[np.arange(len(logp)), query.tokens], 0
         if isinstance(query, PredictionChange):
             return np.full(len(query.positions), 0.005), 0
         if isinstance(query, Conditional):

@@ -20,6 +20,7 @@ from boe_vllm.models.cache import CachePlan
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraint_table import ConstraintTable
+from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
 from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 
@@ -86,7 +87,7 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
             [
                 np.empty(0, np.int64),
                 *(
-                    table.numbers(canvas.constraints_at(positions), len(positions))
+                    table.numbers(_constraints(canvas, positions), len(positions))
                     for canvas, positions in zip(computed, wanted, strict=True)
                 ),
             ]
@@ -94,6 +95,10 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
         writes=_writes(computed, wanted),
         reads_again=any(layout.saved_lens) or any(need.distributions for need in needs),
     )
+
+
+def _constraints(canvas: Canvas, positions: IntArray) -> list[Constraint] | None:
+    return canvas.constraints.at(canvas.tokens, canvas.masked, positions)
 
 
 def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
@@ -131,5 +136,5 @@ def _writes(canvases: Sequence[Canvas], wanted: Sequence[IntArray]) -> RowWrites
     return RowWrites(
         temperature=np.concatenate(temperature),
         uniform=np.concatenate(uniform),
-        top_logprobs=max((canvas.top_logprobs for canvas in canvases), default=0),
+        top_logprobs=max((canvas.params.logprobs_per_row for canvas in canvases), default=0),
     )

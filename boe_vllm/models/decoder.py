@@ -118,7 +118,13 @@ class Decoder(nn.Module):
         """
         context = context or KeyValueContext()
         block = self.layers[0]
-        rotary = rotary_tables(layout.positions, block.head_size, self.shape.rope_theta, x_TD.dtype)
+        rotary = rotary_tables(
+            layout.positions,
+            block.head_size,
+            self.shape.rope_theta,
+            x_TD.dtype,
+            self.shape.rope_stretch,
+        )
         normed: Tensor | None = self.norm_first(x_TD)
         keep = any(layout.saved_lens)
         index_A = layout.saved_index

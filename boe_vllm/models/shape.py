@@ -21,6 +21,21 @@ class ExpertsShape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeStretch:
+    """Llama 3.1's scaling of the rotary embedding: long wavelengths are `factor` times as long,
+    short ones are as they were, and those between go over (transformers'
+    `_compute_llama3_parameters`)."""
+
+    factor: float
+    low: float
+    """Wavelengths above `context / low` positions are long."""
+    high: float
+    """Wavelengths below `context / high` positions are short."""
+    context: float
+    """Positions that the model was first trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderShape:
     """Sizes of the bidirectional pre-norm decoder, and the switches of its families."""
 
@@ -44,6 +59,8 @@ class DecoderShape:
     """Added to the mean square in every norm."""
     rope_theta: float
     """Base of the rotary embedding."""
+    rope_stretch: RopeStretch | None = None
+    """How its angles are scaled."""
     qkv_bias: bool = False
     """Biases on the projections to queries, keys and values."""
     head_norm: bool = False

@@ -7,7 +7,27 @@ begin, and nothing is guessed: LLaDA's mask is an ordinary word of iLLaDA.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from boe_vllm.models.names import CheckpointConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """Token ids that have a meaning of their own in decoding."""
+
+    mask: int
+    eos: int
+    late: frozenset[int] = frozenset()
+    """EOS and end of turn, for `confidence_eos_eot_inf` and `eos_eot_last`."""
+
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> SpecialTokens:
+        """Those of a checkpoint whose ids are complete (`models.special`)."""
+        mask, eos, eot = config.mask_token_id, config.eos_token_id, config.eot_token_id
+        return cls(mask=mask, eos=eos, late=frozenset({eos, eot} - {None}))
 
 
 def complete(config: Any, tokenizer: Any | None, mask_token_id: int | None = None) -> None:

@@ -37,6 +37,15 @@ class PolicyConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, for a policy with a field `preset`."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether the policy may mask again what it has written in a block."""
+        return False
+
+    def paced(self) -> PolicyConfig:
+        """The settings where the request says how many tokens a step writes."""
+        return self
+
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], base: PolicyConfig | None) -> dict[str, Any]:
         """The settings that some fields stand for, to be validated.
@@ -103,9 +112,9 @@ class View:
     revision: Revision | None = None
     """What would be written there now, if the policy needs it."""
     late_tokens: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    """Tokens that may only be committed last (EOS and EoT under `confidence_eos_eot_inf`); empty
-    where the request does not ask for it. It holds in every round of a step: a policy that learns
-    of new proposals passes them through `committable`."""
+    """Tokens that may only be committed last (EOS and EoT under `confidence_eos_eot_inf` or
+    `eos_eot_last`); empty where the request does not ask for it. It holds in every round of a step:
+    a policy that learns of new proposals passes them through `committable`."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The policy's own notes on this request; kept across its steps."""
 

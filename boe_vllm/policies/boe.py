@@ -9,6 +9,7 @@ best *set*: by default the best candidate is written first and the set completed
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, certainty, log, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
+from boe_vllm.policies.bounded import bounded_prefix, bounded_rows, bounded_set
 from boe_vllm.policies.composition import allowed_count, composed
 from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
@@ -58,12 +60,33 @@ class BoEPolicy(Policy[BoEConfig]):
         forward = {"mask": 0, "inject": masks if config.context == "frozen" else length}
         backward = length if config.active == "all" else masks
         chain = chain_rows(candidates, due) if config.sets == "chain" else 0
+        if config.adapts:
+            chain = bounded_rows(masks, config.pool, config.rounds)
         return forward.get(config.surrogate, candidates) + backward + chain
 
     def step(self, view: View) -> Asking:
-        """The choice, with the remasking or the commit bound that the settings put on top."""
+        """What the bound allows, or the choice with what the settings put on top."""
+        if self.config.adapts:
+            return (yield from self.bounded(view))
         ranks = self.config.sets == "top"
         return (yield from composed(self.choose, view, self.config, ranks=ranks))
+
+    def bounded(self, view: View) -> Asking:
+        """The bound's prefix, or where it is one unsure position the best by score; and a round."""
+        config, scores = self.config, certainty(view, "entropy")
+        first = bounded_prefix(view.entropy, scores, config.gamma)
+        if len(first) == 1 and len(scores) > 1 and not sure(view, first, config):
+            pivot = yield from self.choose(dataclasses.replace(view, quota=1))
+            first, scores = pivot.chosen, pivot.scores
+        chosen, tokens = yield from bounded_set(
+            view,
+            first,
+            gamma=config.gamma,
+            pool=config.pool,
+            rounds=config.rounds,
+            trust=config.trust,
+        )
+        return Commit(chosen=chosen, tokens=tokens, scores=scores)
 
     def choose(self, view: View) -> Asking:
         """Candidates, their scores, and the set."""
@@ -103,13 +126,15 @@ def candidate_count(masked: int, due: int, config: BoEConfig) -> int:
 
 def all_sure(view: View, config: BoEConfig) -> bool:
     """Whether all tokens that would be written by probability alone reach `bypass`."""
-    if config.bypass is None:
-        return False
     order = top(view.confidence, len(view.positions))
     if config.sets == "chain":
         order = order[: view.quota]
-    surest = order[: allowed_count(view, order, config)]
-    return bool((view.confidence[surest] >= config.bypass).all())
+    return sure(view, order[: allowed_count(view, order, config)], config)
+
+
+def sure(view: View, index: IntArray, config: BoEConfig) -> bool:
+    """Whether the proposals at some positions reach `bypass`."""
+    return config.bypass is not None and bool((view.confidence[index] >= config.bypass).all())
 
 
 def gate(view: View, config: BoEConfig) -> FloatArray:

@@ -31,6 +31,9 @@ _PAPER: dict[str, Any] = {
     "bypass": None,
     "remask": "none",
     "commit": "quota",
+    "rounds": 1,
+    "pool": 64,
+    "trust": 0.5,
 }
 """Eq. 13 to 19 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
 validation subset"); the values are those of the authors' prototype."""
@@ -135,9 +138,29 @@ class BoEConfig(CompositionConfig):
     sets: Literal["top", "chain"] = "chain"
     """How several tokens are chosen: the best scores ("top", the paper's ranking), or the best one
     and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
+    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    """How many positions are written: what the bound `gamma` allows, in the step's own prediction
+    and then in a partial one, as `joint` does; where it allows but one that is not sure, that one
+    is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
+    "threshold"). Default: "rounds", and "quota" where the request says `tokens_per_step` or
+    `steps`, or `remask`, or `sets` "top"."""
+    gamma: Annotated[float, Field(ge=0)] = 0.01
+    """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
+    rounds: Annotated[int, Field(ge=0, le=64)] = 1
+    """Partial predictions in a step under `commit` "rounds"."""
+    pool: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Positions that such a round predicts again, the surest of the block."""
+    trust: Annotated[float, Field(ge=0)] = 0.5
+    """Entropy of the surest position left up to which a round is run, and then writes, nats."""
     bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a bound with partial rounds decides how many are written."""
+        by_default = self.commit is None and self.remask == "none" and self.sets == "chain"
+        return self.commit == "rounds" or by_default
 
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)

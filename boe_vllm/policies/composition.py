@@ -17,7 +17,7 @@ from pydantic import Field
 
 from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import View, top
+from boe_vllm.policies.base import PolicyConfig, View, top
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.remasking import Diary, RemaskingConfig, RemaskingRule
 
@@ -37,11 +37,11 @@ class CompositionConfig(RemaskingConfig):
     remask: Literal["none", "remdm"] = "none"
     """Whether written tokens may be masked again: "remdm" draws them by the ReMDM rule, whose
     settings are the other fields of this kind."""
-    commit: Literal["quota", "eb", "threshold"] = "quota"
+    commit: Literal["quota", "eb", "threshold"] | None = None
     """How many positions of the policy's order are written: as many as the frame's schedule has
     due ("quota"), the longest prefix within the entropy bound `gamma` ("eb"), or the longest prefix
     of tokens that reach `threshold`; at least one. Choices of whole sets are cut to that prefix and
-    never grow beyond what is due."""
+    never grow beyond what is due. Default: "quota"."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
     """Bound of `commit` "eb" on `sum H - max H` of the tokens written together, nats. Default: that
     of the policy `eb`."""
@@ -51,11 +51,25 @@ class CompositionConfig(RemaskingConfig):
 
     def __post_init__(self) -> None:
         self.rule()
-        if self.remask != "none" and self.commit != "quota":
+        if self.remask != "none" and self.commit not in (None, "quota"):
             raise ValueError(
                 f"commit: expected 'quota' beside remask='remdm', whose rates follow the schedule, "
                 f"got {self.commit!r}; remove one of them"
             )
+
+    @property
+    def rewrites(self) -> bool:
+        """With `remask`."""
+        return self.remask != "none"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a bound with partial rounds decides how many are written."""
+        return self.commit == "rounds" or (self.commit is None and self.remask == "none")
+
+    def paced(self) -> PolicyConfig:
+        """A request that says how many tokens a step writes gets as many by default."""
+        return dataclasses.replace(self, commit="quota") if self.commit is None else self
 
     def most_due(self, masks: int, quota: int) -> int:
         """Most tokens that one step may write.
@@ -79,7 +93,7 @@ def composed(choose: Choose, view: View, config: CompositionConfig, *, ranks: bo
     """
     if config.remask == "remdm":
         return (yield from remasked(choose, view, config.rule()))
-    if config.commit != "quota":
+    if config.commit not in (None, "quota"):
         return (yield from bounded(choose, view, config, ranks=ranks))
     return (yield from choose(view))
 
@@ -139,7 +153,7 @@ def allowed_count(view: View, order: IntArray, config: CompositionConfig) -> int
     Forbidden early commits are in no prefix of a bound but one of their own.
     """
     confidence = view.confidence[order]
-    if config.commit == "quota":
+    if config.commit in (None, "quota", "rounds"):
         return min(len(order), view.quota)
     if config.commit == "eb":
         count = bounded_count(view.entropy[order], config.gamma)

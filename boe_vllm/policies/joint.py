@@ -1,7 +1,11 @@
-"""Ours: several tokens a step by the chain rule over sets, without a backward.
+"""Ours: several tokens a step, without a backward, by predicting a few rows again.
 
-The surest position is written first. Then the others of a pool are predicted again as if it were
-written, all rows but the pool's frozen, and the likeliest of them joins; and so on until the set is
+By default a bound decides how many are written. What it allows is written, the surest of the rest
+are predicted again as if it were, all other rows frozen, and what it allows of these is written too
+(`bounded.bounded_set`). A round of a few rows stands for the next step's forward.
+
+Under a quota (`commit="quota"`) the surest position is written first. Then the others of a pool are
+predicted again as if it were written, and the likeliest of them joins; and so on until the set is
 complete (`selection.chain_set`). Each token is as probable as it looks given those before it, which
 is what goes wrong when several are taken from one prediction.
 """
@@ -13,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, View
+from boe_vllm.policies.base import Commit, Needs, Policy, View, certainty
+from boe_vllm.policies.bounded import bounded_prefix, bounded_rows, bounded_set
 from boe_vllm.policies.composition import CompositionConfig, composed
 from boe_vllm.policies.selection import (
     CERTAIN,
@@ -29,48 +34,93 @@ if TYPE_CHECKING:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # More to choose from, and a round for every token.
-    "thorough": {"pool": 3.0, "certain": 1.0, "remask": "none", "commit": "quota"},
+    "thorough": {
+        "multiple": 3.0,
+        "certain": 1.0,
+        "remask": "none",
+        "commit": "quota",
+        "rounds": 1,
+        "pool": 64,
+        "trust": 0.5,
+    },
 }
 
 
 @options
 class JointConfig(CompositionConfig):
-    """Build the step's set by the chain rule: each token by its probability given those before."""
+    """Write what a bound allows, predict a few rows again, and go on; or sets by the chain rule."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: Literal["thorough"] | None = None
     """Named settings, which replace the server's; fields given beside it go on top. `thorough` has
-    `pool` 3 and `certain` 1."""
-    pool: Annotated[float, Field(ge=1, le=1e6)] = 2.0
-    """Positions to choose from, as a multiple of the tokens due; the surest."""
+    `commit` "quota", `multiple` 3 and `certain` 1."""
+    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    """How many positions are written: what the bound `gamma` allows, in the step's own prediction
+    and then in `rounds` partial ones ("rounds"); as many as the frame's schedule has due, by the
+    chain rule ("quota"); or the prefix of such a set within `gamma` ("eb") or of tokens that reach
+    `threshold` ("threshold"). Default: "rounds", and "quota" where the request says
+    `tokens_per_step` or `steps`, or `remask`."""
+    gamma: Annotated[float, Field(ge=0)] = 0.01
+    """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
+    rounds: Annotated[int, Field(ge=0, le=64)] = 1
+    """Partial predictions in a step under `commit` "rounds"."""
+    pool: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Positions that such a round predicts again, the surest of the block."""
+    trust: Annotated[float, Field(ge=0)] = 0.5
+    """Entropy of the surest position left up to which a round is run, and then writes, nats; above
+    it the next step decides."""
+    multiple: Annotated[float, Field(ge=1, le=1e6)] = 2.0
+    """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
-    """Probability from which a position joins the set without a round of its own."""
+    """Probability from which a position joins a chain without a round of its own."""
 
 
 class JointPolicy(Policy[JointConfig]):
-    """The chain rule over the surest positions; with one token a step it is `confidence`."""
+    """A bound with partial rounds; or the chain rule over the surest positions, which with one
+    token a step is `confidence`."""
 
     name = "joint"
     Config = JointConfig
     source = "ours"
-    passes = "1 forward, and up to b - 1 partial forwards over 2 b rows for b tokens a step"
+    passes = (
+        "1 forward and `rounds` partial forwards over `pool` rows; under a quota up to b - 1 "
+        "partial forwards over 2 b rows for b tokens a step"
+    )
 
     def needs(self) -> Needs:
         """What the partial passes need of the step's own forward."""
         return Needs(rows="masked")
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
-        """The chain's rounds over the pool."""
+        """The rounds over the pool, or the chain's."""
+        if self.config.adapts:
+            return bounded_rows(masks, self.config.pool, self.config.rounds)
         due = self.config.most_due(masks, quota)
-        return chain_rows(pool_size(masks, due, self.config.pool), due)
+        return chain_rows(pool_size(masks, due, self.config.multiple), due)
 
     def step(self, view: View) -> Asking:
-        """The choice, with the remasking or the commit bound that the settings put on top."""
+        """What the bound allows, or the chain with what the settings put on top."""
+        if self.config.adapts:
+            return (yield from self.bounded(view))
         return (yield from composed(self.choose, view, self.config, ranks=False))
+
+    def bounded(self, view: View) -> Asking:
+        """The bound's prefix and that of each round."""
+        config, scores = self.config, certainty(view, "entropy")
+        first = bounded_prefix(view.entropy, scores, config.gamma)
+        chosen, tokens = yield from bounded_set(
+            view,
+            first,
+            gamma=config.gamma,
+            pool=config.pool,
+            rounds=config.rounds,
+            trust=config.trust,
+        )
+        return Commit(chosen=chosen, tokens=tokens, scores=scores)
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""
-        pool, scores = surest_pool(view, self.config.pool)
+        pool, scores = surest_pool(view, self.config.multiple)
         chosen, tokens = yield from chain_set(view, pool, scores, certain=self.config.certain)
         return Commit(chosen=pool[chosen], tokens=tokens, scores=over_all(view, pool, scores))

@@ -45,7 +45,8 @@ class FrameConfig:
     steps: PositiveInt | None = None
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
-    """Tokens committed per denoising step; the alternative to `steps`. Default: 1."""
+    """Tokens committed per denoising step; the alternative to `steps`. Default: what a policy
+    decides itself where it does, otherwise 1."""
     schedule: Schedule = "linear"
     """How the tokens of a block are spread over its steps: evenly (LLaDA), or few at first and many
     at last (MaskGIT's "cosine"). Policies that decide themselves how many they write ignore it."""
@@ -60,9 +61,17 @@ class FrameConfig:
     logits_eos_inf: bool = False
     """Never propose EOS (LLaDA's option of the same name)."""
     confidence_eos_eot_inf: bool = False
-    """Commit proposed EOS and EoT last: their confidence counts as -inf (LLaDA's option)."""
+    """Commit proposed EOS and EoT last, as LLaDA's code does at temperature 0: their logits are
+    -inf in the softmax of the confidences, so that all others are divided by
+    `1 - p_EOS - p_EOT`."""
+    eos_eot_last: bool = False
+    """Commit proposed EOS and EoT last, and leave all other confidences as they are (ours)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
+    stream_canvas: bool = False
+    """Send, beside the text of a stream, the canvas itself as it fills. Streams only."""
+    infill: bool = True
+    """Write the masks inside the prompt too. In a chat only if the request itself says so."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens_per_step is not None:
@@ -165,10 +174,14 @@ def parse_sampler_config(
     shared = dataclasses.asdict(server_config)
     settings |= {key: shared[key] for key in server_names if key in own_names}
     settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
+    frame_config = _frame(base.frame, frame, given_text)
+    built = options.build(settings_class, settings)
+    if frame_config.steps is not None or frame_config.tokens_per_step is not None:
+        built = built.paced()
     return SamplerConfig(
         policy=policy,
-        frame=_frame(base.frame, frame, given_text),
-        settings=options.build(settings_class, settings),
+        frame=frame_config,
+        settings=built,
         server=server_config,
         given_text=given_text,
     )
@@ -190,7 +203,7 @@ def _for_choices(
     given_text: GivenText, fields: Mapping[str, Any], base: SamplerConfig
 ) -> SamplerConfig:
     """The answers decide the canvas and its steps: few fields mean anything beside them."""
-    kept = {"cfg_scale": base.frame.cfg_scale, "trace": base.frame.trace}
+    kept = {name: getattr(base.frame, name) for name in ("cfg_scale", "infill", "trace")}
     for name in fields:
         if name not in kept:
             raise ValueError(

@@ -43,6 +43,10 @@ class ConstraintTable:
         """The constraints of some rows that restrict their draws."""
         return self._rows(constraint_R, transfer, lambda constraint: constraint.filters)
 
+    def discounts(self, constraint_R: IntArray, transfer: Transfer) -> list[ConstrainedRows]:
+        """The constraints of some rows that leave tokens out of their confidences."""
+        return self._rows(constraint_R, transfer, lambda constraint: constraint.discounts)
+
     def _rows(
         self,
         constraint_R: IntArray,

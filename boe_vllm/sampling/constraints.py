@@ -1,14 +1,9 @@
-"""What a request lets be written: edits of logits, filters of a draw, and where each of them holds.
+"""What a request lets be written: edits of logits, and filters of a draw.
 
-vLLM's fields on a canvas that is written in any order: `logit_bias`, `allowed_token_ids` and
-`bad_words` of one token hold at every masked position; `min_tokens` forbids the tokens that end a
-request at the canvas positions below it; a bad word of several tokens forbids, at each position,
-the token that would complete it there; `top_k`, `top_p` and `min_p` restrict draws.
+Where each of them holds on a canvas is in `sampling.canvas_constraints`; the order of operations is
+listed in `sampling.statistics`.
 
-The order of operations is listed in `sampling.statistics`.
-
-Legend: `L` positions of prompt and canvas, `M` some masked positions, `R` logit rows, `r` those of
-one constraint, `V` vocabulary.
+Legend: `R` logit rows, `r` those of one constraint, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +16,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import to_device
+from boe_vllm.sampling.automaton import TokenAutomaton
 
 Tensor = torch.Tensor
 
@@ -52,6 +48,8 @@ class Constraint:
     """A draw is one of the fewest most likely tokens whose probability reaches this."""
     min_p: float = 0.0
     """A draw's probability is at least this share of the largest."""
+    discounted_token_ids: IntArray = dataclasses.field(default_factory=_no_tokens)
+    """Tokens that are left out of the softmax behind the others' confidences."""
 
     @property
     def edits(self) -> bool:
@@ -63,6 +61,11 @@ class Constraint:
     def filters(self) -> bool:
         """Whether draws are restricted."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def discounts(self) -> bool:
+        """Whether confidences are those of a softmax without some tokens."""
+        return len(self.discounted_token_ids) > 0
 
     def permits(self, token: int) -> bool:
         """Whether the token may be written."""
@@ -92,6 +95,12 @@ class Constraint:
             logits[:, tokens.banned] = NEVER
         logits_RV[rows_r] = logits
 
+    def discount(self, confidence_R: Tensor, logp_RV: Tensor, rows_r: Tensor) -> None:
+        """Divide some rows' confidences in place by `1 - p` of all discounted tokens."""
+        rest = 1 - logp_RV[rows_r][:, _tokens_on(self, logp_RV.device).discounted].exp().sum(-1)
+        # A discounted token that is drawn may leave less than its own probability to the others.
+        confidence_R[rows_r] = (confidence_R[rows_r] / rest.clamp_min(1e-12)).clamp_max(1.0)
+
     def filter(self, p_rV: Tensor) -> Tensor:
         """[r, V] the (tempered) probabilities with 0 for what a draw may not be.
 
@@ -119,6 +128,7 @@ class _Tokens:
     banned: Tensor
     biased: Tensor
     bias: Tensor
+    discounted: Tensor
 
 
 _ON_DEVICE: WeakKeyDictionary[Constraint, dict[torch.device, _Tokens]] = WeakKeyDictionary()
@@ -128,21 +138,27 @@ _ON_DEVICE: WeakKeyDictionary[Constraint, dict[torch.device, _Tokens]] = WeakKey
 def _tokens_on(constraint: Constraint, device: torch.device) -> _Tokens:
     known = _ON_DEVICE.setdefault(constraint, {})
     if device not in known:
-        lists = constraint.banned_token_ids, constraint.biased_token_ids, constraint.logit_bias
+        lists = [constraint.banned_token_ids, constraint.biased_token_ids, constraint.logit_bias]
+        lists.append(constraint.discounted_token_ids)
         allowed = constraint.allowed_token_ids
-        banned, biased, bias, *rest = to_device(
+        banned, biased, bias, discounted, *rest = to_device(
             [*lists, *([] if allowed is None else [allowed])], device
         )
         known[device] = _Tokens(
-            allowed=rest[0] if rest else None, banned=banned, biased=biased, bias=bias
+            allowed=rest[0] if rest else None,
+            banned=banned,
+            biased=biased,
+            bias=bias,
+            discounted=discounted,
         )
     return known[device]
 
 
 @functools.cache
-def without_token(token: int) -> Constraint:
-    """The constraint that bans one token; the same object for every request."""
-    return Constraint(banned_token_ids=np.array([token]))
+def of_special_tokens(never: int | None, discounted: tuple[int, ...] = ()) -> Constraint:
+    """Bans one token, or discounts some; the same object for every request."""
+    banned = _no_tokens() if never is None else np.array([never])
+    return Constraint(banned_token_ids=banned, discounted_token_ids=np.array(discounted, np.int64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,12 +173,15 @@ class TokenConstraints:
     """Tokens that end the request."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of two or more tokens that may not come about."""
+    grammar: TokenAutomaton | None = None
+    """What the whole output must be; no bad words of several tokens beside it."""
 
     @property
     def any(self) -> bool:
         """Whether anything is constrained."""
         edits = self.everywhere.edits or self.everywhere.filters
-        return edits or self.min_tokens > 0 or bool(self.bad_words)
+        ordered = bool(self.bad_words) or self.grammar is not None
+        return edits or self.min_tokens > 0 or ordered
 
     def tokens_left(self, vocab_size: int, mask_token_id: int) -> int:
         """Tokens left at the position with the fewest, before any bad word of several tokens."""
@@ -175,95 +194,3 @@ class TokenConstraints:
         if self.min_tokens:
             left[list(self.stop_token_ids)] = False
         return int(left.sum())
-
-
-class CanvasConstraints:
-    """The constraints of one request at the positions of its canvas."""
-
-    def __init__(
-        self, constraints: TokenConstraints, prompt_len: int, *, never: int | None = None
-    ) -> None:
-        """Work out what follows from the request's constraints.
-
-        Args:
-            constraints: the request's.
-            prompt_len: where its canvas begins.
-            never: a token that is banned everywhere.
-        """
-        self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
-        self.any = constraints.any or never is not None
-        self.always = constraints.everywhere
-        if never is not None:
-            self.always = self.always.banning([never]) if constraints.any else without_token(never)
-        self.early = self.always.banning(constraints.stop_token_ids)
-        self.early_positions = range(prompt_len, prompt_len + constraints.min_tokens)
-
-    @property
-    def depends_on_tokens(self) -> bool:
-        """Whether a write changes the constraints of other positions."""
-        return bool(self.bad_words)
-
-    def at(
-        self, tokens: IntArray, masked: BoolArray, positions: IntArray
-    ) -> list[Constraint] | None:
-        """[M] the constraint at each of some positions; None if none holds anywhere.
-
-        Args:
-            tokens: [L] of the sequence.
-            masked: [L] what is still to be written.
-            positions: [M] which are asked about.
-        """
-        if not self.any:
-            return None
-        completing = self._completing(tokens, masked)
-        found = []
-        for position in positions.tolist():
-            constraint = self.early if position in self.early_positions else self.always
-            if position in completing:
-                constraint = constraint.banning(completing[position])
-            found.append(constraint)
-        return found
-
-    def standing(
-        self, tokens: IntArray, masked: BoolArray, positions: IntArray, writes: IntArray
-    ) -> BoolArray:
-        """[b] which writes of one step stand, in their order, so that none completes a bad word
-        together with those before it. The constraints see to it that the first one stands.
-
-        Raises:
-            ValueError: for a write that is forbidden, which happens where nothing is permitted.
-        """
-        stand = np.ones(len(positions), bool)
-        constraints = self.at(tokens, masked, positions)
-        if constraints is None:
-            return stand
-        for position, token, constraint in zip(positions, writes, constraints, strict=True):
-            if not constraint.permits(int(token)):
-                raise ValueError(
-                    f"position {position}: expected a token that may be written, found none; "
-                    f"loosen allowed_token_ids, bad_words or min_tokens"
-                )
-        if not self.bad_words:
-            return stand
-        tokens, masked = tokens.copy(), masked.copy()
-        for n, (position, token) in enumerate(zip(positions, writes, strict=True)):
-            if int(token) in self._completing(tokens, masked).get(int(position), ()):
-                stand[n] = False
-                continue
-            tokens[position], masked[position] = token, False
-        return stand
-
-    def _completing(self, tokens: IntArray, masked: BoolArray) -> dict[int, set[int]]:
-        """Tokens that would complete a bad word, by masked position."""
-        found: dict[int, set[int]] = {}
-        for word in self.bad_words:
-            windows = len(tokens) - len(word) + 1
-            if windows < 1:
-                continue
-            places = np.arange(windows)[:, None] + np.arange(len(word))
-            differs = masked[places] | (tokens[places] != word)
-            for start in np.flatnonzero(differs.sum(-1) == 1).tolist():
-                offset = int(differs[start].argmax())
-                if masked[start + offset]:
-                    found.setdefault(start + offset, set()).add(int(word[offset]))
-        return found

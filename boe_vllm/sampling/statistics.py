@@ -10,8 +10,9 @@ The order of operations from hidden states to the token that is proposed:
 4. Softmax: entropy, confidence and margin of every row are taken here, without temperature.
 5. At temperature 0 the argmax is proposed. Above it, `softmax(logits / temperature)` is filtered by
    `min_p`, `top_k` and `top_p`, and one random number per row draws by inversion.
-6. Where the request asks for it, confidences of late tokens become -inf (`confidence_eos_eot_inf`,
-   in the view that a policy gets).
+6. Where the request asks for it (`confidence_eos_eot_inf`), the confidences of all tokens but the
+   late ones are those of a softmax without them, and those of late tokens become -inf (in the view
+   that a policy gets). `eos_eot_last` does the latter alone.
 
 Legend: `R` logit rows, `r` rows of one tile, `V` vocabulary.
 """
@@ -50,7 +51,7 @@ class RowStatistics:
     proposal: IntArray
     """[R] token that would be written; never the mask token."""
     confidence: FloatArray
-    """[R] untempered probability of the proposal."""
+    """[R] untempered probability of the proposal, without discounted tokens where there are any."""
     margin: FloatArray
     """[R] largest less second largest probability."""
     entropy: FloatArray
@@ -85,15 +86,20 @@ def read_statistics(
     transfer = Transfer(log_probs.device)
     spans = log_probs.spans(len(log_probs.hidden_RD))
     draws = [_Draws(writes, rows, log_probs, transfer) for rows in spans]
+    numbers = log_probs.constraint_R
+    discounts = [log_probs.table.discounts(numbers[rows], transfer) for rows in spans]
     columns = []
     summaries = log_probs.summaries(keep, transfer)
-    for draw, (_, logp, found) in zip(draws, summaries, strict=True):
+    for draw, discounted, (_, logp, found) in zip(draws, discounts, summaries, strict=True):
         proposal = draw.propose(logp, found.argmax)
         chosen = logp.gather(-1, proposal[:, None])
+        probability = chosen[:, 0].double().exp()
+        for constraint, own in discounted:
+            constraint.discount(probability, logp, own.tensor)
         rank = (logp > chosen).sum(-1) + 1 if k else torch.zeros_like(proposal)
         rows = [
             proposal.double(),
-            chosen[:, 0].double().exp(),
+            probability,
             found.best.double().exp() - found.second.double().exp(),
             found.entropy.double(),
             torch.isfinite(found.entropy).double(),

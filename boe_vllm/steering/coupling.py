@@ -71,6 +71,36 @@ class Coupling(Query[FloatArray]):
         return [results[n] for n in range(len(queries))]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Attention(Query[FloatArray]):
+    """Attention between masked rows: float64 [C, C], row i looking at column j, mean over the heads
+    of the last layers. Costs no forward."""
+
+    index: IntArray
+    """[C] indices into `View.positions`."""
+    layers: float
+    """Share of the layers, the last ones; at least one."""
+
+    @classmethod
+    def solve(
+        cls, current: DenoisingPass, queries: Sequence[tuple[int, Attention]]
+    ) -> list[QueryResult[FloatArray]]:
+        """Read off the step's own pass."""
+        assert current.saved is not None
+        results = []
+        for s, query in queries:
+            transfer = Transfer(current.device)
+            place = current.place(s)
+            read = current.saved_rows(place, current.read_rows(place, query.index))
+            rows = transfer.add(read)
+            columns = transfer.add(query.index)
+            count = max(1, round(query.layers * len(current.saved.layers)))
+            total = _attention_between(current, s, rows.tensor, columns.tensor, count)
+            mean = total.double().cpu().numpy() / (count * current.model.config.shape().heads)
+            results.append(QueryResult(value=mean))
+        return results
+
+
 # ---- measured on hypothetical states -------------------------------------------------------------
 
 
@@ -175,7 +205,9 @@ def _read_off(
     return results
 
 
-def _attention_between(current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor) -> Tensor:
+def _attention_between(
+    current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor, last: int = 0
+) -> Tensor:
     """[C, C] attention between rows of a sequence, summed over layers and heads.
 
     Of a CFG pair, the sequence's own.
@@ -185,12 +217,13 @@ def _attention_between(current: DenoisingPass, s: int, rows_C: Tensor, columns_C
         s: the sequence.
         rows_C: saved rows at which the pool is read.
         columns_C: the pool's places among the sequence's key rows.
+        last: layers that count, from the end; 0 for all.
     """
     assert current.saved is not None
     layout, place = current.layout.attention, current.place(s)
     span = slice(layout.kv_starts[place], layout.kv_starts[place] + layout.kv_seqlens[place])
     total = torch.zeros(len(rows_C), len(rows_C), device=current.device)
-    for saved in current.saved.layers:
+    for saved in current.saved.layers[-last:]:
         q_HCP = saved.queries_AHP[rows_C].transpose(0, 1)
         group = q_HCP.shape[0] // saved.keys_SGP.shape[1]
         keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)

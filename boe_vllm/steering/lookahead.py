@@ -23,6 +23,7 @@ from boe_vllm.base.transfer import to_device
 from boe_vllm.models.cache import CachedRows
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
+from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
 from boe_vllm.steering.guidance import guided, with_unconditional
 from boe_vllm.steering.hypothetical import soft_writes
@@ -96,12 +97,14 @@ class Lookahead(Query[list[Prospect]]):
     ) -> list[QueryResult[list[Prospect]]]:
         """Pack the states of all queries."""
         states = [
-            state for n, (s, query) in enumerate(queries) for state in _states(current, n, s, query)
+            state
+            for n, (s, query) in enumerate(queries)
+            for state in states_of(current, n, s, query)
         ]
-        soft = _SoftWrites(current, queries)
+        soft = SoftWrites(current, queries)
         prospects: list[list[Prospect]] = [[] for _ in queries]
         rows = [0 for _ in queries]
-        for batch in _batches(current, states):
+        for batch in state_batches(current, states):
             for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
                 prospects[state.query].append(prospect)
                 rows[state.query] += current.passes(state.sequence) * state.rows.live_rows
@@ -112,7 +115,7 @@ class Lookahead(Query[list[Prospect]]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
+class State:
     """One hypothetical state, ready to be packed."""
 
     query: int
@@ -127,7 +130,7 @@ class _State:
     carry: bool
 
 
-class _SoftWrites:
+class SoftWrites:
     """The soft embeddings of every position that some state writes softly."""
 
     def __init__(self, current: DenoisingPass, queries: Sequence[tuple[int, Lookahead]]) -> None:
@@ -152,7 +155,7 @@ class _SoftWrites:
         return self._starts[query] + np.searchsorted(self._index[query], index)
 
 
-def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> Iterator[_State]:
+def states_of(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> Iterator[State]:
     now, cache = current.sequences[sequence], current.next_steps[sequence].cache
     live = cache.live_positions if cache is not None else None
     frozen = 0 if cache is None or cache.refresh else len(cache.slots)
@@ -170,7 +173,7 @@ def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> 
             elsewhere = np.setdiff1d(np.arange(len(tokens)), now.logit_positions[still])
         if live is not None:
             elsewhere = readable(elsewhere, live, now.shift)
-        yield _State(
+        yield State(
             query=n,
             sequence=sequence,
             rows=SequenceRows(
@@ -187,9 +190,9 @@ def _states(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -> 
         )
 
 
-def _batches(current: DenoisingPass, states: Sequence[_State]) -> Iterator[list[_State]]:
+def state_batches(current: DenoisingPass, states: Sequence[State]) -> Iterator[list[State]]:
     """The states in their order, in passes of at most `row_budget` rows, at least one in each."""
-    batch: list[_State] = []
+    batch: list[State] = []
     rows = 0
     for state in states:
         own = current.passes(state.sequence) * state.rows.live_rows
@@ -202,10 +205,10 @@ def _batches(current: DenoisingPass, states: Sequence[_State]) -> Iterator[list[
         yield batch
 
 
-def _predict(
-    current: DenoisingPass, states: Sequence[_State], soft: _SoftWrites
-) -> Iterator[Prospect]:
-    """One pass over some states."""
+def state_log_probs(
+    current: DenoisingPass, states: Sequence[State], soft: SoftWrites
+) -> tuple[LogProbabilities, RowLayout]:
+    """One pass over some states: the predictions at their wanted positions, and the layout."""
     model = current.model
     guides = [current.guide(state.sequence) for state in states]
     packed, unconditional = with_unconditional(
@@ -224,14 +227,16 @@ def _predict(
         )
     hidden, _ = model.run(x, layout, context)
     hidden = guided(hidden, layout, unconditional, guides)
-    numbers = [
-        current.constraint_numbers(s.sequence, s.rows.tokens, s.rows.wanted_positions)
-        for s in states
-    ]
+    held = [(s.sequence, s.rows.tokens, s.rows.wanted_positions) for s in states]
+    numbers = np.concatenate([current.constraint_numbers(*state) for state in held])
+    return current.log_probs.of(hidden, numbers), layout
+
+
+def _predict(current: DenoisingPass, states: list[State], soft: SoftWrites) -> Iterator[Prospect]:
+    """What is seen in some states."""
+    log_probs, layout = state_log_probs(current, states, soft)
     counts = layout.logit_lens[: len(states)]
-    statistics = read_statistics(
-        current.log_probs.of(hidden, np.concatenate(numbers)), _writes(current, states, counts)
-    )
+    statistics = read_statistics(log_probs, _writes(current, states, counts))
     for n, state in enumerate(states):
         start = layout.logit_starts[n]
         block = statistics.part(slice(start, start + len(state.index)))
@@ -247,7 +252,7 @@ def _predict(
         )
 
 
-def _writes(current: DenoisingPass, states: Sequence[_State], counts: Sequence[int]) -> RowWrites:
+def _writes(current: DenoisingPass, states: Sequence[State], counts: Sequence[int]) -> RowWrites:
     """How the states' tokens are proposed: as the next step would, where it may go on with them."""
     steps = [current.next_steps[state.sequence] for state in states]
     pairs = list(zip(steps, states, strict=True))
@@ -272,8 +277,8 @@ def _write_softly(
     current: DenoisingPass,
     x_TD: Tensor,
     layout: RowLayout,
-    states: Sequence[_State],
-    soft: _SoftWrites,
+    states: Sequence[State],
+    soft: SoftWrites,
 ) -> Tensor:
     """[T, D] the rows' embeddings with the soft writes in their places."""
     rows, places = [], []

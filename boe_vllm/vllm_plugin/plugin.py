@@ -4,7 +4,7 @@ vLLM calls `register` in every process (API server, engine core, workers), so it
 to repeat. With `hooks`, it is all that touches vLLM's globals.
 """
 
-from boe_vllm.vllm_plugin import hooks, versions
+from boe_vllm.vllm_plugin import hooks, http_server, versions
 
 
 def register() -> None:
@@ -28,3 +28,4 @@ def register() -> None:
         MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig
     tell_transformers()
     hooks.install()
+    http_server.install()

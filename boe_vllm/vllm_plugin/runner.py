@@ -14,8 +14,8 @@ from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.limits import EngineSettings
 from boe_vllm.vllm_plugin.admission import model_facts, read_resolved, server_settings
 from boe_vllm.vllm_plugin.output import to_output
@@ -81,6 +81,7 @@ class DiffusionModelRunner:
             cache_rows=rows,
             row_budget=rows,
             score_grid=self.settings.score_grid,
+            canvas_rate=self.settings.max_canvas_rate,
         )
 
     def warming_up_model(self) -> None:

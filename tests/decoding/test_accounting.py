@@ -27,6 +27,10 @@ COST = {
     "threshold": ADAPTIVE,
     "factor": ADAPTIVE,
     "klass": ADAPTIVE,
+    "dapd": ADAPTIVE,
+    "credit": ADAPTIVE,
+    "hierarchy": ADAPTIVE,
+    "punt": (1 + 3, 0, 0, LENGTH),  # a whole state for each bit of a rank
     "lookum": (2, 1, 0, STEPS),
     "info-gain": (8, 1, 0, STEPS),
     "lookahead": (1 + LENGTH, 0, 0, STEPS),

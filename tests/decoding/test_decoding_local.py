@@ -14,10 +14,10 @@ from test_loop import NEEDED, finish, make_loop, params_of
 from test_policy_rules_local import COUNTS
 from toy import label
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models import build
+from boe_vllm.models.special import SpecialTokens
 
 pc = functools.partial(rules.pc, counts=COUNTS, total=10000)
 LOOSE = {"confidence_threshold": 0.2, "kl_threshold": 0.3}

@@ -107,6 +107,8 @@ def test_sudoku_rejects_broken_grids_and_counts_cells():
     assert task.score(item, grid).valid
     score = task.score(item, "1234341221434331")
     assert not score.valid and score.cell_accuracy == pytest.approx(11 / 12)
+    for prose in ("", "The grid is 1234341221434331.", grid + "1", grid[:-1]):
+        assert task.score(item, prose).cell_accuracy is None
     for text in ("1234341221434320", "123434122143432", grid + "1", "²" * 16, "1 2 3 4"):
         assert not task.score(item, text).valid
 
@@ -114,7 +116,9 @@ def test_sudoku_rejects_broken_grids_and_counts_cells():
 def test_countdown_accepts_every_right_expression():
     task = TASKS["countdown"]
     item = item_of("countdown", "C:3,7,12>33=", "3*7+12", numbers=[3, 7, 12], target=33)
-    for text in ("3*7+12", "12+7*3", "(7*3)+12", "7*3+12" + EOS):
+    texts = ["3*7+12", "12+7*3", "(7*3)+12", "7*3+12" + EOS]
+    texts += [r"So it is \boxed{3 \times 7 + 12}.", "<answer> 12+7*3 </answer>" + EOS]
+    for text in texts:
         assert task.score(item, text).valid, text
     assert task.score(item, "3*7+12").exact and not task.score(item, "12+3*7").exact
     for text in ("33", "3*7+12+0", "3*11", "7*3+12)", "3*7+-12", "3*7", "21+12", "3**7", "03*7+12"):

@@ -18,7 +18,18 @@ VARIANTS = {
     "one key head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "wide heads": {"head_dim": 10},
+    "stretched": {
+        "head_dim": 10,
+        "rope": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 96,
+        },
+    },
 }
+"""Wavelengths of the stretched variant are short, between and long: 6, 25, 100, 396, 1577."""
 
 
 def sequences_of(lens, *, shift, seed=0, keep="none"):

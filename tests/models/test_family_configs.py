@@ -75,8 +75,8 @@ def test_a_config_survives_saving(config, tmp_path):
         ("dream", {"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         (
             "a2d-llama",
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}},
-            "rope_parameters: expected rope_theta alone, got .*'factor': 32.0.* are not supported",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 32.0}},
+            "rope_parameters: expected rope_theta alone, or .*'linear'.* are not supported",
         ),
         (
             "a2d-qwen3",

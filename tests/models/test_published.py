@@ -10,7 +10,7 @@ from vllm import LLM, SamplingParams
 
 from boe_vllm.models.build import read_config
 from boe_vllm.models.families import FAMILIES, config_class
-from boe_vllm.models.shape import DecoderShape, ExpertsShape
+from boe_vllm.models.shape import DecoderShape, ExpertsShape, RopeStretch
 from boe_vllm.vllm_plugin import plugin
 
 FOLDER = Path(__file__).parents[1] / "published"
@@ -49,7 +49,8 @@ SHAPES = {
     ),
     "a2d_llama_1b": shape(
         vocab_size=128256, embedding_rows=128256, width=2048, layers=16, heads=32, kv_heads=8,
-        head_size=64, inner=8192, eps=1e-5, rope_theta=5e5, tied=True,
+        head_size=64, inner=8192, eps=1e-5, rope_theta=5e5,
+        rope_stretch=RopeStretch(factor=32.0, low=1.0, high=4.0, context=8192.0), tied=True,
     ),
     "llada_moe_7b_a1b": shape(
         vocab_size=157184, embedding_rows=157184, width=2048, layers=16, heads=16, kv_heads=16,

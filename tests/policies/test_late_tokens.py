@@ -9,10 +9,10 @@ from test_loop import NEEDED, params_of
 from test_policies import make_view, policy_of, run
 from toy import label
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.steering.chain import Conditional, Conditioned
@@ -23,6 +23,7 @@ CASES = [{"policy": name} for name in sorted(POLICY_NAMES - set(NEEDED))] + [
     {"policy": "boe", "preset": "paper"},
     {"policy": "boe", "surrogate": "response", "candidates": 12},
     {"policy": "joint", "preset": "thorough"},
+    {"policy": "joint", "commit": "rounds", "rounds": 3, "trust": 9.0, "gamma": 1.0},
     {"policy": "joint", "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.9},
     {"policy": "joint", "commit": "eb", "gamma": 1.0},
     {"policy": "joint", "schedule": "cosine"},
@@ -124,7 +125,7 @@ def test_a_proposal_that_becomes_eos_joins_no_set_while_the_block_has_others():
             entropy=np.zeros(len(query.queried)),
         )
 
-    policy = policy_of(policy="joint", pool=1.0)
+    policy = policy_of(policy="joint", multiple=1.0)
     view = make_view([0.8, 0.7, 0.3, 0.2], quota=2, late_tokens=late)
     _, commit = run(policy, view, reply)
     assert commit.chosen.tolist() == [0]  # one token less than is due
@@ -142,7 +143,9 @@ def test_a_proposal_that_becomes_eos_joins_no_set_while_the_block_has_others():
 def test_remasking_takes_back_no_more_than_a_short_set_allows():
     """A set that ends early writes less than is due, so less is masked again."""
     eos = 7
-    policy = policy_of(policy="joint", remask="remdm", sigma_schedule="rescale", eta=1.0, pool=1.0)
+    policy = policy_of(
+        policy="joint", remask="remdm", sigma_schedule="rescale", eta=1.0, multiple=1.0
+    )
     short = 0
     for seed in range(40):
         memory = {"remasking": {"iteration": 3, "stored": dict.fromkeys(range(40, 46), 0.5)}}

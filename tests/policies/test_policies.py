@@ -37,8 +37,9 @@ def make_view(confidence, *, quota=1, entropy=None, margin=None, vocab_size=100,
 
 
 def policy_of(**fields):
+    """The policy as a request has it that says how many tokens a step writes."""
     config = parse_sampler_config(fields)
-    return load_policy(config.policy)(config.settings)
+    return load_policy(config.policy)(config.settings.paced())
 
 
 def run(policy, view, reply=None):

@@ -18,7 +18,7 @@ COMPOSED = (
     {"policy": "boe", "surrogate": "inject", "active": "all", "context": "exact"},
     {"policy": "joint"},
     {"policy": "joint", "preset": "thorough"},
-    {"policy": "joint", "pool": 9.0},
+    {"policy": "joint", "multiple": 9.0},
     {"policy": "pairwise"},
     {"policy": "pairwise", "preset": "exact"},
     {"policy": "pairwise", "coupling": "overlap"},
@@ -31,8 +31,14 @@ COMPOSITIONS = (
     {"commit": "eb", "gamma": 2.0},
     {"commit": "threshold", "threshold": 0.05},
 )
+ADAPTIVE = (
+    {"policy": "joint", "commit": "rounds"},
+    {"policy": "joint", "commit": "rounds", "rounds": 3, "trust": 9.0},
+    {"policy": "boe", "commit": "rounds", "rounds": 2, "trust": 9.0},
+)
 CASES = [f for f in VARIANTS if "remask" not in f and "commit" not in f]
 CASES += [fields | more for fields in COMPOSED for more in COMPOSITIONS]
+CASES += list(ADAPTIVE)
 
 
 def largest_due(kind, masks, steps):

@@ -87,7 +87,7 @@ def test_a_preset_is_exactly_its_settings(name, preset):
         value = getattr(named, field)
         assert value == (preset if field == "preset" else getattr(spelled, field))
     other = {"commit": "eb", "gamma": 3.0, "preset": None}
-    other |= {"boe": {"rho": 0.9, "sets": "chain", "bypass": 0.5}}.get(name, {"pool": 5.0})
+    other |= {"boe": {"rho": 0.9, "sets": "chain", "bypass": 0.5}}.get(name, {"pool": 5})
     server = parse_sampler_config({"policy": name, **other})
     assert parse_sampler_config({"preset": preset}, base=server).settings == named
     # Fields beside it go on top.
@@ -117,8 +117,9 @@ OTHERS = {
     "gate_power": 2.0, "floor_weight": 1.0, "floor_max": 0.5, "sharpen": 0.5,
     "normalize": "minmax", "risk": 0.0, "gain_scale": "mean", "sets": "top", "bypass": None,
     "remask": "remdm", "commit": "eb", "gamma": 9.0, "threshold": 0.1, "sigma_schedule": "loop",
-    "eta": 0.02, "t_on": 0.6, "t_off": 0.1, "alpha_on": 0.8, "preset": "kv", "pool": 3.0,
-    "certain": 0.5, "coupling": "exact", "coupling_measure": "kl", "interaction": 0.1,
+    "eta": 0.02, "t_on": 0.6, "t_off": 0.1, "alpha_on": 0.8, "preset": "kv", "pool": 3,
+    "rounds": 2, "trust": 0.1, "multiple": 3.0, "certain": 0.5, "coupling": "exact",
+    "coupling_measure": "kl", "interaction": 0.1,
 }  # fmt: skip
 
 

@@ -8,9 +8,10 @@ import pytest
 
 from boe_vllm.policies.base import Policy
 from boe_vllm.request import resolved as resolved_module
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import BUDGET_MB, EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, tokens_due
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 
 MASK, EOS = 49, 1

@@ -215,7 +215,7 @@ def test_the_pool_bounds_the_candidates():
     view = make_view(np.linspace(0.9, 0.2, 8), quota=2)
     table = {frozenset({0}): np.linspace(0.1, 0.9, 8)}
     for pool, last in ((1.0, 1), (1.5, 2), (2.0, 3), (4.0, 7)):
-        policy = policy_of(policy="joint", pool=pool)
+        policy = policy_of(policy="joint", multiple=pool)
         _, commit = run(policy, view, replies_of(table))
         assert commit.chosen.tolist() == [0, last]
 

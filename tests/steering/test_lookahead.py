@@ -17,7 +17,8 @@ from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
 from boe_vllm.policies.base import Commit, Policy
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
+from boe_vllm.sampling.constraints import TokenConstraints
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.lookahead import Lookahead
 

@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from boe_vllm import TINY, TINY_TEXT
 from boe_vllm.lab.eval.presets import CONTEST, Preset, preset_named
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.variants import Variant, parse, parse_fields
-from boe_vllm.lab.tasks import FILE_TASKS, TASKS
+from boe_vllm.lab.tasks import FILE_TASKS, TASKS, Dialect
 
 DEFAULT_POLICIES = "confidence,boe"
 
@@ -82,6 +82,12 @@ def _add_files_and_ways(made: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--no-run", action="store_true", help="sum up what is there, run nothing")
     files.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmark files")
+    files.add_argument(
+        "--grader",
+        choices=get_args(Dialect),
+        default="strict",
+        help="whose rules judge answers to benchmarks (default strict)",
+    )
     files.add_argument("--frequencies", type=Path, metavar="FILE", help="token table, for pc")
     files.add_argument("--scorer", metavar="PATH", help="causal language model, for --table 4")
     files.add_argument("--trace", action="store_true", help="record how each token was committed")
@@ -132,6 +138,7 @@ def read(args: argparse.Namespace) -> Settings:
         fields=parse_fields(args.set, "--set"),
         trace=args.trace,
         data=args.data,
+        grader=args.grader,
         frequencies=args.frequencies,
         engine_args=_mapping("--engine-args", args.engine_args),
         table=table,

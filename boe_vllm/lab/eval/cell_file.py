@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from boe_vllm.lab.eval.cells import Cell
-from boe_vllm.lab.eval.presets import OWN_RATE
+from boe_vllm.lab.eval.presets import own_rate
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.statistics import mean
 from boe_vllm.request.config import ServerConfig, parse_sampler_config
@@ -51,7 +51,7 @@ class FinishedCell:
 
 def key_of(cell: Cell) -> tuple[str, str, int]:
     """The key under which a file has a cell."""
-    own = cell.fields["policy"] in OWN_RATE
+    own = own_rate(cell.fields)
     return cell.task, cell.label, 1 if own else cell.tokens_per_step
 
 
@@ -88,6 +88,8 @@ def digest_of(settings: Settings, checkpoint: str | None, cell: Cell) -> str:
         **{name: getattr(settings, name) for name in ("seed", "temperature", "chat")},
         "whole_canvas": settings.whole_canvas,
     }
+    if settings.grader != "strict":
+        content["grader"] = settings.grader
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -117,6 +119,11 @@ class CellFile:
                     f"--cells: expected a finished cell in {path}:{number}, got {line[:60]!r}; "
                     f"remove the line, and the cell is run again"
                 ) from None
+
+    @property
+    def cells(self) -> tuple[FinishedCell, ...]:
+        """All lines, in their order."""
+        return tuple(self._cells)
 
     def find(self, cell: Cell, of: str, items: int) -> FinishedCell | None:
         """The newest line of a cell with this digest, or with none, and so many items."""

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from boe_vllm.lab.eval.presets import OWN_RATE, preset_named, published_fields
+from boe_vllm.lab.eval.presets import own_rate, preset_named, published_fields
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
@@ -67,7 +67,7 @@ def make_cells(settings: Settings, tasks: dict[str, Task]) -> list[Cell]:
         for length in settings.gen_lengths or (task.gen_length,)
         for rate in settings.tokens_per_step
         for variant in settings.variants
-        if rate == settings.tokens_per_step[0] or variant.fields["policy"] not in OWN_RATE
+        if rate == settings.tokens_per_step[0] or not own_rate(variant.fields)
     ]
     seen: set[str] = set()
     for cell in cells:

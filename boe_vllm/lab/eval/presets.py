@@ -4,6 +4,7 @@ arguments of `boe-vllm eval`."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from boe_vllm.lab.eval.variants import Variant, parse
@@ -95,8 +96,14 @@ PRESETS = {
     ),
 }
 
-OWN_RATE = frozenset({"eb", "threshold", "factor", "klass"})
+OWN_RATE = frozenset({"eb", "threshold", "factor", "klass", "punt", "dapd", "credit", "hierarchy"})
 """Policies that decide themselves how many tokens they write in a step."""
+
+
+def own_rate(fields: Mapping[str, Any]) -> bool:
+    """Whether a cell's policy decides itself how many tokens it writes in a step."""
+    return fields["policy"] in OWN_RATE or fields.get("commit") == "rounds"
+
 
 CONTEST = "contest"
 RIVALS = ("confidence", "confident-random", "info-gain", "lookum", "joint", "pairwise exact")

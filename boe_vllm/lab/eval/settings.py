@@ -11,6 +11,7 @@ from typing import Any
 
 import boe_vllm
 from boe_vllm.lab.eval.variants import Variant
+from boe_vllm.lab.tasks import Dialect
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 
 SMALL = 256 << 20  # bytes; larger files are told apart by their sizes
@@ -37,6 +38,8 @@ class Settings:
     """Request fields of every cell."""
     trace: bool
     data: Path | None
+    grader: Dialect
+    """Whose rules read and judge the answers to benchmarks."""
     frequencies: Path | None
     engine_args: dict[str, Any]
     table: str | None

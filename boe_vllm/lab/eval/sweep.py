@@ -28,7 +28,9 @@ class Sweep:
             ValueError: for anything wrong with the arguments or the tasks' files.
         """
         self.settings, self.file = settings, file
-        self.tasks = {name: open_task(name, settings.data) for name in settings.tasks}
+        self.tasks = {
+            name: open_task(name, settings.data, dialect=settings.grader) for name in settings.tasks
+        }
         for task in self.tasks.values():
             task.require()
         self.items: dict[str, list[Item]] = {

@@ -11,7 +11,7 @@ from typing import Any
 from boe_vllm.lab.eval import costs
 from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.cells import Cell
-from boe_vllm.lab.eval.presets import OWN_RATE
+from boe_vllm.lab.eval.presets import own_rate
 from boe_vllm.lab.eval.statistics import mean, wilson
 from boe_vllm.lab.tasks import stories
 
@@ -109,6 +109,7 @@ def _settings(cell: Cell) -> Row:
     return {
         "policy_name": cell.fields["policy"],
         "settings": json.dumps(settings, sort_keys=True),
+        "own_rate": own_rate(cell.fields),
     }
 
 
@@ -160,7 +161,7 @@ def overview(rows: Sequence[Row]) -> str:
             "task": row["task"],
             "policy": row["policy"],
             "L": row["gen_length"],
-            "tokens/step": "own" if row["policy_name"] in OWN_RATE else row["tokens_per_step"],
+            "tokens/step": "own" if row["own_rate"] else row["tokens_per_step"],
             "n": row["n"],
             "score %": percent(row["score"]),
             "95 % interval": f"{percent(row['low'])} to {percent(row['high'])}",

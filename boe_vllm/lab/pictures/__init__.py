@@ -3,6 +3,7 @@
 plot        the command: figures of a run of `boe-vllm eval`
 results     the folder of such a run, read
 curves      score against network function evaluations, and against rows
+fronts      share against passes and rows of finished cells, with the Pareto fronts
 bars        scores and times of variants
 figure      what all figures share: colours, sizes, files without dates
 

@@ -42,7 +42,7 @@ def draw(panels: Mapping[str, Sequence[Row]], cost: str) -> Figure:
                         number,
                         cost,
                     )
-            _scale(axis)
+            scale(axis)
         axes[0].set_ylabel("score (%), 95 % interval")
         made.supxlabel(COSTS[cost], fontsize=10)
         handles, names = _keys(axes)
@@ -70,7 +70,8 @@ def _curve(axis: Axes, rows: Sequence[Row], label: str, number: int, cost: str) 
     )
 
 
-def _scale(axis: Axes) -> None:
+def scale(axis: Axes) -> None:
+    """A logarithmic cost with plain numbers, and shares within 0 to 102."""
     axis.set_xscale("log")
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(102.0, axis.get_ylim()[1]))
     low, high = axis.get_xlim()

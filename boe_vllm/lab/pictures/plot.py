@@ -18,7 +18,19 @@ def parser() -> argparse.ArgumentParser:
         description="Draw a run of boe-vllm eval, finished or not: score against cost where "
         "policies ran at several rates, otherwise scores and times as bars. PNG and SVG.",
     )
-    made.add_argument("folder", type=Path, metavar="DIR", help="the run's --out")
+    made.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="the run's --out")
+    made.add_argument(
+        "--cells",
+        type=Path,
+        metavar="FILE",
+        help="instead of DIR: finished cells, as Pareto fronts",
+    )
+    made.add_argument(
+        "--chosen-on",
+        type=Path,
+        metavar="FILE",
+        help="cells on other items, by which each policy's setting is chosen",
+    )
     made.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run's own")
     return made
 
@@ -28,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         require("matplotlib")
+        if args.cells is not None or args.folder is None:
+            return _fronts(args)
         out = args.folder if args.out is None else args.out
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: expected a folder, got the file {out}; name another")
@@ -36,6 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"boe-vllm plot: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _fronts(args: argparse.Namespace) -> int:
+    """Print the table of a file of cells and draw its fronts."""
+    if args.cells is None or args.folder is not None or args.out is None:
+        raise ValueError(
+            "--cells: expected a run's folder DIR, or --cells FILE with --out FOLDER, got neither "
+            "or both; name one"
+        )
+    from boe_vllm.lab.eval.cell_file import CellFile
+    from boe_vllm.lab.eval.tables import to_markdown
+    from boe_vllm.lab.pictures import figure, fronts
+
+    own = fronts.points(CellFile(args.cells).cells)
+    if not own:
+        raise ValueError(f"--cells: expected finished cells, got none in {args.cells}; run some")
+    chosen = None
+    if args.chosen_on is not None:
+        chosen = fronts.choose(fronts.points(CellFile(args.chosen_on).cells), "rows")
+    print(to_markdown(fronts.table(own, chosen)))
+    for cost in fronts.COSTS:
+        for path in figure.save(fronts.draw(own, cost), args.out, f"front-{cost}"):
+            print(path)
     return 0
 
 

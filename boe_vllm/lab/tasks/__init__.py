@@ -6,7 +6,7 @@ from boe_vllm.lab.tasks.addition import Addition
 from boe_vllm.lab.tasks.base import GeneratedTask, Item, Score, Task, split_of
 from boe_vllm.lab.tasks.countdown import Countdown
 from boe_vllm.lab.tasks.countdown_file import CountdownFile
-from boe_vllm.lab.tasks.files import FileTask
+from boe_vllm.lab.tasks.files import Dialect, FileTask
 from boe_vllm.lab.tasks.gsm8k import GSM8K
 from boe_vllm.lab.tasks.humaneval import HumanEval
 from boe_vllm.lab.tasks.math500 import MATH500
@@ -30,6 +30,7 @@ __all__ = [
     "FILE_TASKS",
     "TASKS",
     "TEXT_TASKS",
+    "Dialect",
     "FileTask",
     "GeneratedTask",
     "Item",
@@ -49,14 +50,24 @@ def get_task(name: str) -> GeneratedTask:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}") from None
 
 
-def open_task(name: str, data: str | Path | None = None) -> Task:
+def open_task(name: str, data: str | Path | None = None, *, dialect: Dialect = "strict") -> Task:
     """The task called `name`; one that reads a file finds it in the folder `data`.
 
+    Args:
+        name: of the task.
+        data: folder of the benchmark files, or the task's file.
+        dialect: whose rules read and judge an answer.
+
     Raises:
-        ValueError: for an unknown name or a missing file.
+        ValueError: for an unknown name, a missing file, or rules that the task does not have.
     """
     generated = TASKS | TEXT_TASKS
     if name in generated:
+        if dialect != "strict":
+            raise ValueError(
+                f"grader: expected strict for the generated task {name!r}, got {dialect!r}; leave "
+                f"it out"
+            )
         return generated[name]
     if name not in FILE_TASKS:
         known = ", ".join([*generated, *FILE_TASKS])
@@ -66,4 +77,4 @@ def open_task(name: str, data: str | Path | None = None) -> Task:
         raise ValueError(
             f"data: task {name!r} expected a folder with {task.file_name}, got none; name one"
         )
-    return task(data)
+    return task(data, dialect=dialect)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import permutations, product
 
+from boe_vllm.lab.tasks.answers import marked, plain_operators
 from boe_vllm.lab.tasks.base import GeneratedTask, Item
 
 _ALLOWED = re.compile(r"[0-9+\-*/()]{1,64}")
@@ -86,6 +87,11 @@ class Countdown(GeneratedTask):
             answer=rng.choice(ways[target]),
             meta={"numbers": list(numbers), "target": target},
         )
+
+    def parse(self, text: str) -> str:
+        """What the text marks as its answer, in plain characters, else all before EOS."""
+        answer = marked(text)
+        return super().parse(text) if answer is None else "".join(plain_operators(answer).split())
 
     def is_valid(self, item: Item, answer: str) -> bool:
         try:

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from fractions import Fraction
 
+from boe_vllm.lab.tasks import d1
+from boe_vllm.lab.tasks.answers import marked, plain_operators
 from boe_vllm.lab.tasks.base import Item
 from boe_vllm.lab.tasks.countdown import evaluate
 from boe_vllm.lab.tasks.files import FileTask, Record, fill
@@ -30,6 +32,8 @@ class CountdownFile(FileTask):
     stop = ("\nquestion:", "\nNew Question:")
     source = "NEUIR/PC-Sampler, src/template.py, countdown_prompt (arXiv 2508.13021)"
 
+    dialects = ("strict", "d1")
+
     def make_item(self, record: Record) -> Item:
         parts = record["input"].split(",")
         if len(parts) < 3 or not all(part.strip().isdecimal() for part in parts):
@@ -41,7 +45,7 @@ class CountdownFile(FileTask):
             answer=record["output"],
             meta={"numbers": numbers, "target": target, "input": record["input"]},
         )
-        if not self.is_valid(item, record["output"]):
+        if self.dialect == "strict" and not self.is_valid(item, record["output"]):
             raise ValueError(f"expected an output that solves the input, got {record['output']!r}")
         return item
 
@@ -49,18 +53,26 @@ class CountdownFile(FileTask):
         # Three items of the published file are the examples of the published prompt.
         return item.prompt.count(f"question: {item.meta['input']}\n") > 0
 
-    def parse(self, text: str) -> str:
-        """What follows the last `answer is:`, or the last line that has text."""
-        text = super().parse(text).strip()
-        marks = list(_MARK.finditer(text))
-        if marks:
-            text = text[marks[-1].end() :].strip().partition("\n")[0]
+    def parse_strict(self, text: str) -> str:
+        """What the text marks as its answer, else what follows the last `answer is:`, or the last
+        line that has text. Lines of a marked chain are its operations."""
+        text = text.strip()
+        answer, marks = marked(text), list(_MARK.finditer(text))
+        if answer is not None:
+            answer = ",".join(line.strip(" ,") for line in answer.splitlines() if line.strip())
+        elif marks:
+            answer = text[marks[-1].end() :].strip().partition("\n")[0]
         else:
-            text = text.rpartition("\n")[2]
-        return text.strip("[]$. \t").replace(" ", "")
+            answer = text.rpartition("\n")[2]
+        return plain_operators(answer).strip("[]$. \t").replace(" ", "")
+
+    def parse_d1(self, text: str) -> str:
+        return d1.expression(text)
 
     def is_valid(self, item: Item, answer: str) -> bool:
         numbers, target = item.meta["numbers"], item.meta["target"]
+        if self.dialect == "d1":
+            return d1.reaches(answer, numbers, target)
         return _chain_is_right(numbers, target, answer) or _expression_is_right(
             numbers, target, answer
         )

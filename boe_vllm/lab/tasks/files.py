@@ -13,11 +13,13 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 from boe_vllm.lab.tasks.base import Item, Task
 
 Record = Mapping[str, Any]
+Dialect = Literal["strict", "d1"]
+"""Whose rules read and judge an answer: ours, by value, or those of the d1 family's tables."""
 
 
 @cache
@@ -45,13 +47,20 @@ class FileTask(Task):
     fields: ClassVar[dict[str, type]]
     """Fields that every record must have, with their types."""
 
-    def __init__(self, path: str | Path) -> None:
+    dialects: ClassVar[tuple[Dialect, ...]] = ("strict",)
+    """Rules by which answers can be judged."""
+    dialect: Dialect
+    """Those by which they are."""
+
+    def __init__(self, path: str | Path, *, dialect: Dialect = "strict") -> None:
         """Args:
         path: the file, or the folder that holds it under `file_name`.
+        dialect: whose rules read and judge an answer.
 
         Raises:
-            ValueError: when there is no such file.
+            ValueError: when there is no such file or no such rules.
         """
+        self._speak(dialect)
         path = Path(path)
         self.path = path / self.file_name if path.is_dir() else path
         if not self.path.is_file():
@@ -59,6 +68,37 @@ class FileTask(Task):
                 f"task {self.name!r}: expected a file {self.file_name}, got no file {self.path}; "
                 f"name the folder that holds {self.file_name}"
             )
+
+    def _speak(self, dialect: Dialect) -> None:
+        if dialect not in self.dialects:
+            raise ValueError(
+                f"grader: expected one of {', '.join(self.dialects)} for task {self.name!r}, got "
+                f"{dialect!r}; choose one of them"
+            )
+        self.dialect = dialect
+
+    @classmethod
+    def rules(cls, dialect: Dialect = "strict") -> Self:
+        """The task without its file: it reads and judges answers, and has no items.
+
+        Raises:
+            ValueError: for rules that the task does not have.
+        """
+        task = cls.__new__(cls)
+        task._speak(dialect)
+        return task
+
+    def parse(self, text: str) -> str:
+        """The answer by the rules of the task's dialect."""
+        return self.parse_d1(text) if self.dialect == "d1" else self.parse_strict(before_end(text))
+
+    def parse_strict(self, text: str) -> str:
+        """The answer in what comes before EOS; all of it by default."""
+        return text
+
+    def parse_d1(self, text: str) -> str:
+        """The answer as d1's grader reads it."""
+        raise NotImplementedError(f"{self.name} has no rules of d1")
 
     @abstractmethod
     def make_item(self, record: Record) -> Item:
@@ -98,10 +138,6 @@ class FileTask(Task):
         chosen = random.Random(f"{self.name}/{seed}").sample(range(len(items)), n)
         return [items[index] for index in sorted(chosen)]
 
-    def parse(self, text: str) -> str:
-        """All of the text before EOS."""
-        return text.split("<|endoftext|>", 1)[0].split("<|eot_id|>", 1)[0]
-
     def _check(self, record: Any) -> None:
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in self.fields.items())
         if not isinstance(record, Mapping):
@@ -113,6 +149,11 @@ class FileTask(Task):
                     if name in record
                     else f"expected {wanted}, got no {name!r}"
                 )
+
+
+def before_end(text: str) -> str:
+    """All of a text before EOS."""
+    return text.split("<|endoftext|>", 1)[0].split("<|eot_id|>", 1)[0]
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from boe_vllm.lab.tasks import d1
+from boe_vllm.lab.tasks.answers import boxes, tagged
 from boe_vllm.lab.tasks.base import Item
 from boe_vllm.lab.tasks.files import FileTask, Record, fill
-from boe_vllm.lab.tasks.numbers import last_boxed, last_number, value
+from boe_vllm.lab.tasks.numbers import last_number, value
 
 
 class GSM8K(FileTask):
@@ -20,8 +22,10 @@ class GSM8K(FileTask):
         "task gsm8k_cot"
     )
 
+    dialects = ("strict", "d1")
+
     def make_item(self, record: Record) -> Item:
-        answer = self.parse(record["answer"])
+        answer = self.parse_strict(record["answer"])
         if "####" not in record["answer"] or value(answer or "x") is None:
             raise ValueError("expected an answer that ends in '#### NUMBER'")
         return Item(
@@ -31,14 +35,22 @@ class GSM8K(FileTask):
             meta={"solution": record["answer"]},
         )
 
-    def parse(self, text: str) -> str:
-        """The last number after `####` or in a box, else the last number of all."""
-        text = super().parse(text)
-        if "####" in text:
-            text = text.rpartition("####")[2]
-        elif (boxed := last_boxed(text)) is not None:
-            text = boxed
-        return last_number(text) or ""
+    def parse_strict(self, text: str) -> str:
+        """The last number of the first of these that has one: what follows `####`, the boxes from
+        the last to the first, the `<answer>`, all of the text."""
+        after = text.rpartition("####")[2] if "####" in text else ""
+        for place in (after, *reversed(boxes(text)), tagged(text) or "", text):
+            number = last_number(place)
+            if number is not None:
+                return number
+        return ""
+
+    def parse_d1(self, text: str) -> str:
+        return d1.number(text) or ""
 
     def is_valid(self, item: Item, answer: str) -> bool:
-        return bool(answer) and value(answer) is not None and value(answer) == value(item.answer)
+        if not answer:
+            return False
+        if self.dialect == "d1":
+            return float(answer) == float(item.answer.replace(",", ""))
+        return value(answer) is not None and value(answer) == value(item.answer)

@@ -36,9 +36,9 @@ class HumanEval(FileTask):
     def messages(self, item: Item) -> list[dict[str, str]]:
         return [{"role": "user", "content": fill("humaneval_chat", prompt=item.prompt)}]
 
-    def parse(self, text: str) -> str:
+    def parse_strict(self, text: str) -> str:
         """The program: a fenced block, or all of the text."""
-        return extract(super().parse(text))
+        return extract(text)
 
     def is_valid(self, item: Item, answer: str) -> bool:
         if defines(answer, item.meta["entry_point"]):

@@ -45,9 +45,9 @@ class MBPP(FileTask):
     def shown(self, item: Item) -> bool:
         return item.meta["task_id"] in SHOWN
 
-    def parse(self, text: str) -> str:
+    def parse_strict(self, text: str) -> str:
         """The program: a fenced block, or all of the text before `[DONE]`."""
-        return extract(super().parse(text).partition("[DONE]")[0])
+        return extract(text.partition("[DONE]")[0])
 
     def is_valid(self, item: Item, answer: str) -> bool:
         return runs_to_its_end(f"{item.meta['imports']}\n{answer}\n{item.meta['tests']}\n")

@@ -104,9 +104,13 @@ class Board:
         bands = rng.sample(range(self.size // per_band), self.size // per_band)
         return [b * per_band + k for b in bands for k in rng.sample(range(per_band), per_band)]
 
+    def is_grid(self, text: str) -> bool:
+        """Whether a text is one digit for each cell."""
+        return len(text) == self.cells and text.isascii() and text.isdigit()
+
     def is_solved(self, grid: str) -> bool:
         """Whether every row, column and box holds every digit once."""
-        if len(grid) != self.cells or not (grid.isascii() and grid.isdigit()):
+        if not self.is_grid(grid):
             return False
         seen = [0] * (3 * self.size)
         for cell, char in enumerate(grid):
@@ -120,10 +124,13 @@ class Board:
             clue in ("0", cell) for clue, cell in zip(puzzle, grid, strict=True)
         )
 
-    def cell_accuracy(self, puzzle: str, solution: str, grid: str) -> float:
-        """Share of the puzzle's blanks that `grid` fills as the solution does."""
+    def cell_accuracy(self, puzzle: str, solution: str, grid: str) -> float | None:
+        """Share of the puzzle's blanks that `grid` fills as the solution does; None if it is no
+        grid."""
+        if not self.is_grid(grid):
+            return None
         blanks = [place for place, clue in enumerate(puzzle) if clue == "0"]
-        return sum(grid[i : i + 1] == solution[i] for i in blanks) / len(blanks)
+        return sum(grid[i] == solution[i] for i in blanks) / len(blanks)
 
 
 BOARD4 = Board(size=4, box_rows=2, box_cols=2)
@@ -193,7 +200,7 @@ class UniqueSudoku(SudokuTask):
     def _symmetric(self, rng: random.Random, item: Item) -> Item:
         return self.make_item(*self.board.symmetry(rng, self.puzzle_of(item), item.answer))
 
-    def cell_accuracy(self, item: Item, answer: str) -> float:
+    def cell_accuracy(self, item: Item, answer: str) -> float | None:
         return self.board.cell_accuracy(self.puzzle_of(item), item.answer, answer)
 
 

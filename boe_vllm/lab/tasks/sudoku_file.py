@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from boe_vllm.lab.tasks import d1
 from boe_vllm.lab.tasks.base import Item
 from boe_vllm.lab.tasks.files import FileTask, Record, fill
 from boe_vllm.lab.tasks.sudoku import BOARD4
@@ -21,6 +22,8 @@ class SudokuFile(FileTask):
     stop = ("</answer>",)
     source = "NEUIR/PC-Sampler, src/template.py, sudoku_prompt (arXiv 2508.13021)"
 
+    dialects = ("strict", "d1")
+
     def make_item(self, record: Record) -> Item:
         puzzle, solution = record["Puzzle"], record["Solution"]
         if len(puzzle) != 16 or not set(puzzle) <= set("01234") or "0" not in puzzle:
@@ -39,15 +42,22 @@ class SudokuFile(FileTask):
         # Once as the item's own puzzle, and once more among the examples.
         return item.prompt.count(_rows(item.meta["puzzle"])) > 1
 
-    def parse(self, text: str) -> str:
+    def parse_strict(self, text: str) -> str:
         """The characters of the answer, without white space."""
-        text = super().parse(text).partition("</answer>")[0].rpartition("<answer>")[2]
+        text = text.partition("</answer>")[0].rpartition("<answer>")[2]
         return "".join(text.split())
+
+    def parse_d1(self, text: str) -> str:
+        # The prompt ends in the tag that the patterns look for.
+        return d1.grid(text if "<answer>" in text else "<answer>" + text)
 
     def is_valid(self, item: Item, answer: str) -> bool:
         return BOARD4.solves(item.meta["puzzle"], answer)
 
-    def cell_accuracy(self, item: Item, answer: str) -> float:
+    def cell_accuracy(self, item: Item, answer: str) -> float | None:
+        """None for what is no grid; by d1's rules any text is one."""
+        if self.dialect == "d1":
+            return d1.cells_right(item.meta["puzzle"], item.answer, answer)
         return BOARD4.cell_accuracy(item.meta["puzzle"], item.answer, answer)
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from boe_vllm.models.families import check_token_ids, refuse_variants, route
 from boe_vllm.models.names import TensorNames
-from boe_vllm.models.shape import DecoderShape, ExpertsShape
+from boe_vllm.models.shape import DecoderShape, ExpertsShape, RopeStretch
 
 NAMES = TensorNames(
     family="Llama",
@@ -39,6 +39,13 @@ NAMES = TensorNames(
     experts="mlp.experts.{e}.",
 )
 """Those of transformers' Llama, Qwen2 and Qwen3, and of the published LLaDA-MoE."""
+
+_STRETCH = {
+    "factor": "factor",
+    "low_freq_factor": "low",
+    "high_freq_factor": "high",
+    "original_max_position_embeddings": "context",
+}
 
 SUPPORTED_VARIANT: dict[str, Any] = {
     "hidden_act": "silu",
@@ -140,12 +147,31 @@ class LlamaShapedConfig(PretrainedConfig):
             inner=self.intermediate_size,
             eps=self.rms_norm_eps,
             rope_theta=float(self.rope_parameters["rope_theta"]),
+            rope_stretch=self.rope_stretch(),
             qkv_bias=self.qkv_bias,
             head_norm=self.head_norm,
             tied=self.tie_word_embeddings,
             experts=self.experts(),
             shift=self.shift,
         )
+
+    def rope_stretch(self) -> RopeStretch | None:
+        """How the rotary embedding is scaled."""
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type", "default") == "default":
+            return None
+        return RopeStretch(**{ours: float(rope[name]) for name, ours in _STRETCH.items()})
+
+    def _check_rope(self) -> None:
+        rope = dict(self.rope_parameters or {})
+        kind, known = rope.pop("rope_type", "default"), {"rope_theta"}
+        known |= set(_STRETCH) if kind == "llama3" else set()
+        partial = rope.pop("partial_rotary_factor", 1.0) != 1.0
+        if partial or kind not in ("default", "llama3") or known != {"rope_theta", *rope}:
+            raise ValueError(
+                f"rope_parameters: expected rope_theta alone, or with the scaling of 'llama3', got "
+                f"{self.rope_parameters}; other rotary embeddings are not supported"
+            )
 
     def check_supported(self) -> None:
         """Raise ValueError if the network would not compute what this config describes."""
@@ -156,14 +182,7 @@ class LlamaShapedConfig(PretrainedConfig):
                 f"layer_types: expected 'full_attention' for every layer, got {sorted(others)}; "
                 f"this variant of {self.architecture} is not supported"
             )
-        rope = dict(self.rope_parameters or {})
-        plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
-        strange = {k: v for k, v in rope.items() if k != "rope_theta" and plain.get(k) != v}
-        if strange:
-            raise ValueError(
-                f"rope_parameters: expected rope_theta alone, got {strange} too; scaled rotary "
-                f"embeddings are not supported"
-            )
+        self._check_rope()
         assert self.num_key_value_heads is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -1,0 +1,198 @@
+"""Pareto fronts of finished cells: share of right answers against passes and against rows.
+
+A cell is on a front where no other of its task has at least its share for at most its cost. Each
+policy's setting is chosen on one file of cells and reported from another, of other items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from boe_vllm.lab.eval.cell_file import FinishedCell
+from boe_vllm.lab.eval.statistics import mcnemar, wilson
+from boe_vllm.lab.pictures import figure
+from boe_vllm.lab.pictures.curves import scale
+
+Cost = Literal["passes", "rows"]
+COSTS: dict[Cost, str] = {
+    "passes": "passes per item, forward and backward; one over a few rows counts as one",
+    "rows": "rows through the network, forward and backward, per item",
+}
+NEAR = 0.98
+"""Part of the sequential policy's share that a chosen setting reaches where it is chosen."""
+SEQUENTIAL = "confidence"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One setting of one policy on one task."""
+
+    task: str
+    policy: str
+    """Its name without settings."""
+    label: str
+    """With settings, and tokens a step where the schedule decides."""
+    valid: Sequence[bool]
+    passes: float
+    """Per item."""
+    rows: float
+    """Per item."""
+
+    @property
+    def share(self) -> float:
+        """Of right answers."""
+        return sum(self.valid) / len(self.valid)
+
+    def cost(self, name: Cost) -> float:
+        """Per item."""
+        return self.passes if name == "passes" else self.rows
+
+
+def points(cells: Iterable[FinishedCell]) -> list[Point]:
+    """The newest cell of every name, in the file's order."""
+    newest = {cell.key: cell for cell in cells}
+    found = []
+    for cell in newest.values():
+        policy = cell.contestant.partition(":")[0].partition(" ")[0]
+        paced = cell.contestant == SEQUENTIAL or cell.tokens_per_step > 1
+        found.append(
+            Point(
+                task=cell.task,
+                policy=policy,
+                label=cell.contestant + (f", {cell.tokens_per_step} a step" if paced else ""),
+                valid=cell.valid,
+                passes=cell.forwards + cell.backwards,
+                rows=cell.rows,
+            )
+        )
+    return found
+
+
+def front(own: Sequence[Point], cost: Cost) -> list[Point]:
+    """The points of one task that no other beats, cheapest first."""
+    kept = []
+    best = -1.0
+    for point in sorted(own, key=lambda p: (p.cost(cost), -p.share)):
+        if point.share > best:
+            kept.append(point)
+            best = point.share
+    return kept
+
+
+def choose(selection: Sequence[Point], cost: Cost) -> dict[tuple[str, str], str]:
+    """(task, policy) -> the label of the cheapest setting that reaches `NEAR` of what one token a
+    step reaches on the same items, else of the one with the largest share."""
+    chosen = {}
+    for task in dict.fromkeys(p.task for p in selection):
+        own = [p for p in selection if p.task == task]
+        target = NEAR * max(
+            (p.share for p in own if p.label == f"{SEQUENTIAL}, 1 a step"), default=1
+        )
+        for policy in dict.fromkeys(p.policy for p in own):
+            settings = [p for p in own if p.policy == policy]
+            enough = [p for p in settings if p.share >= target]
+            best = (
+                min(enough, key=lambda p: p.cost(cost))
+                if enough
+                else max(settings, key=lambda p: p.share)
+            )
+            chosen[task, policy] = best.label
+    return chosen
+
+
+def table(
+    own: Sequence[Point], chosen: Mapping[tuple[str, str], str] | None = None
+) -> list[dict[str, Any]]:
+    """One row per point: share with its interval, costs, what front it is on, and the exact McNemar
+    p against one token a step.
+
+    Args:
+        own: of any tasks.
+        chosen: from `choose`, marked; None for no mark.
+    """
+    rows = []
+    for task in dict.fromkeys(p.task for p in own):
+        of_task = [p for p in own if p.task == task]
+        on = {cost: {p.label for p in front(of_task, cost)} for cost in COSTS}
+        one = next((p for p in of_task if p.label == f"{SEQUENTIAL}, 1 a step"), None)
+        for p in of_task:
+            low, high = wilson(sum(p.valid), len(p.valid))
+            comparable = one is not None and len(one.valid) == len(p.valid)
+            rows.append(
+                {
+                    "task": task,
+                    "policy": p.label,
+                    "n": len(p.valid),
+                    "share": f"{p.share:.3f}",
+                    "95 % interval": f"{low:.3f} to {high:.3f}",
+                    "passes": f"{p.passes:.2f}",
+                    "rows": f"{p.rows:.0f}",
+                    "front": ", ".join(cost for cost in COSTS if p.label in on[cost]) or "-",
+                    "p, one a step": f"{mcnemar(p.valid, one.valid)[2]:.2g}" if comparable else "-",
+                }
+                | (
+                    {}
+                    if chosen is None
+                    else {"chosen": "yes" if chosen.get((task, p.policy)) == p.label else ""}
+                )
+            )
+    return rows
+
+
+def draw(own: Sequence[Point], cost: Cost) -> Figure:
+    """One panel per task; a colour per policy, a point per setting, the front as a line."""
+    tasks = list(dict.fromkeys(p.task for p in own))
+    policies = list(dict.fromkeys(p.policy for p in own))
+    with figure.style():
+        made = Figure(figsize=(max(4.6, 3.9 * len(tasks)), 4.5), layout="constrained")
+        axes = made.subplots(1, len(tasks), squeeze=False)[0]
+        for axis, task in zip(axes, tasks, strict=True):
+            axis.set_title(task)
+            _panel(axis, [p for p in own if p.task == task], policies, cost)
+            scale(axis)
+        axes[0].set_ylabel("right answers (%), 95 % interval")
+        made.supxlabel(COSTS[cost], fontsize=10)
+        keys = {}
+        for axis in axes:
+            for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+                keys.setdefault(name, handle)
+        made.legend(keys.values(), keys, loc="outside upper center", ncols=min(len(keys), 7))
+    return made
+
+
+def _panel(axis: Axes, own: Sequence[Point], policies: Sequence[str], cost: Cost) -> None:
+    best = front(own, cost)
+    axis.plot(
+        [p.cost(cost) for p in best],
+        [100 * p.share for p in best],
+        drawstyle="steps-post",
+        color="#999999",
+        linewidth=1.0,
+        label="front",
+        zorder=1,
+    )
+    for number, policy in enumerate(policies):
+        mine = [p for p in own if p.policy == policy]
+        if not mine:
+            continue
+        ends = [wilson(sum(p.valid), len(p.valid)) for p in mine]
+        axis.errorbar(
+            [p.cost(cost) for p in mine],
+            [100 * p.share for p in mine],
+            yerr=[
+                [100 * max(0.0, p.share - low) for p, (low, _) in zip(mine, ends, strict=True)],
+                [100 * max(0.0, high - p.share) for p, (_, high) in zip(mine, ends, strict=True)],
+            ],
+            label=policy,
+            color=figure.PALETTE[number % len(figure.PALETTE)],
+            marker=figure.MARKERS[number % len(figure.MARKERS)],
+            linestyle="none",
+            markersize=6,
+            elinewidth=0.6,
+            capsize=2,
+        )
