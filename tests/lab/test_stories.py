@@ -250,12 +250,12 @@ def test_a_ratio_of_means_has_the_interval_of_its_texts():
 
 
 def test_eval_writes_what_the_source_says(tmp_path, capsys):
-    command = ["--model", "tiny-text", "--tasks", "stories", "--policies", "ancestral,joint"]
-    command += ["--limit", "2", "--temperature", "1", "--tokens-per-step", "16", "--in-process"]
+    command = ["--model", "tiny-text", "--tasks", "stories", "--policies", "ancestral,confidence"]
+    command += ["--limit", "2", "--temperature", "1", "--tokens-per-step", "32", "--in-process"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| source", "| ancestral", "| joint"]
+    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| source", "| ancestral", "| confidence"]
     records = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert len(records) == 4
     for record in records:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,7 @@ class MDLMConfig(PretrainedConfig):
     names: ClassVar[TensorNames] = MDLMNames(
         family="MDLM", embedding="", final_norm="", head="", block="", within={}
     )
+    shift: ClassVar[Literal[0, 1]] = 0
     published_ids: ClassVar[Mapping[int, Mapping[str, int]]] = {
         50258: {"mask_token_id": 50257, "eos_token_id": 50256}
     }
