@@ -39,6 +39,8 @@ EXTRAS = {
         "mypy>=1.15",
         "import-linter>=2.3",
         "openai>=2.25",
+        "jsonschema>=4",
+        "pyyaml>=6",
         "schemathesis>=4",
         # Drives a Chromium that is on the machine; its own downloads are not used.
         "playwright>=1.49",

@@ -7,14 +7,28 @@ that `LLM(model, sampler="boe")` works whichever of the two is imported first.
 
 from typing import TYPE_CHECKING, Any
 
-from boe_vllm.base.bundled import TINY, model_path, tiny_model_path
+from boe_vllm.base.bundled import (
+    TINY,
+    TINY_TEXT,
+    model_path,
+    tiny_model_path,
+    tiny_text_model_path,
+)
 from boe_vllm.vllm_plugin import hooks
 
 if TYPE_CHECKING:
     from boe_vllm.denoiser import Denoiser
 
 __version__ = "0.1.0"
-__all__ = ["TINY", "Denoiser", "__version__", "model_path", "tiny_model_path"]
+__all__ = [
+    "TINY",
+    "TINY_TEXT",
+    "Denoiser",
+    "__version__",
+    "model_path",
+    "tiny_model_path",
+    "tiny_text_model_path",
+]
 
 
 def __getattr__(name: str) -> Any:

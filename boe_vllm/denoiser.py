@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from boe_vllm.base.bundled import model_path
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
-from boe_vllm.models.build import load_model
-from boe_vllm.models.decoder import Decoder
+from boe_vllm.models import special
+from boe_vllm.models.build import load_model, load_tokenizer
+from boe_vllm.models.contract import DenoisingNetwork
+from boe_vllm.models.special import SpecialTokens
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import EngineSettings, ServerSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 
 MAX_ROWS = 8192
@@ -55,7 +57,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Decoder,
+        model: DenoisingNetwork,
         tokenizer: Any,
         *,
         name: str = "model",
@@ -76,14 +78,14 @@ class Denoiser:
         self.server = ServerSettings.read({"default_seed": 0} | dict(settings or {}))
         model.use_attention(self.server.limits.attention_impl)
         config = model.config
-        assert config.eos_token_id is not None
-        late = frozenset(t for t in (config.eos_token_id, config.eot_token_id) if t is not None)
-        self.special = SpecialTokens(mask=config.mask_token_id, eos=config.eos_token_id, late=late)
+        special.complete(config, tokenizer, self.server.limits.mask_token_id)
+        self.special = SpecialTokens.of(config)
         self.facts = ModelFacts(
             vocab_size=config.vocab_size,
-            max_model_len=config.max_sequence_length,
+            max_model_len=config.max_position_embeddings,
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
+            shift=model.shift,
             encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
         )
 
@@ -99,7 +101,7 @@ class Denoiser:
         """Open a checkpoint's folder.
 
         Args:
-            path: the folder, or "tiny" for the bundled checkpoint.
+            path: the folder; "tiny" and "tiny-text" are the bundled ones.
             device: where the network lives. Default: the GPU if there is one, else the CPU.
             dtype: of all weights. Default: the one that the checkpoint names.
             settings: see the class.
@@ -107,14 +109,10 @@ class Denoiser:
         Raises:
             ValueError: for a folder that is no checkpoint of a supported model.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(model_path(str(path))).expanduser()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(folder, dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), config=model.config, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(folder, model.config)
         return cls(model, tokenizer, name=folder.name, settings=settings)
 
     @property
@@ -288,13 +286,12 @@ class Denoiser:
         if reason == "length" and not result.done and len(tokens) < request.max_tokens:
             return None
         report = dict(result.report)
-        cost = {k: v for k, v in report.items() if isinstance(v, int)}
         return Generation(
             prompt_tokens=prompt,
             tokens=tokens,
             text=text,
             finish_reason=reason,
-            cost=cost,
+            cost={k: v for k, v in report.items() if isinstance(v, int)},
             trace=report.get("trace"),
             report=report,
         )

@@ -83,6 +83,22 @@ def origin(masks, eps=1e-3):
     raise AssertionError("the last step reveals the rest")
 
 
+def ancestral(masks, eps=1e-5):
+    """MDLM's loop (`diffusion.py`, `_sample`): its grid step by step, then its noise removal."""
+    steps = masks.block_steps
+    dt = (1 - eps) / steps
+    for step in range(masks.grid_step, steps):
+        s = (1 - step * dt) - dt
+        begin = 1 - masks.grid_step * dt
+        waits = [late and not all(masks.late) for late in masks.late]
+        revealed = [
+            i for i, u in enumerate(masks.uniforms) if not waits[i] and u < (begin - s) / begin
+        ]
+        if revealed:
+            return revealed, step
+    return list(range(len(masks.uniforms))), steps
+
+
 def eb(masks, gamma=0.1, proxy="entropy"):
     error = {
         "entropy": masks.entropy,

@@ -10,14 +10,22 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.weights import PREFIX
+from boe_vllm.models.llada import PREFIX, LLaDAConfig
 
 Tensor = torch.Tensor
 
 
-def small_config(**changes) -> LLaDAConfig:
-    """A LLaDA with everything small and no two sizes equal."""
+class Shifted(LLaDAConfig):
+    """LLaDA's network, read as Dream's is."""
+
+    shift = 1
+
+    def shape(self):
+        return dataclasses.replace(super().shape(), shift=1)
+
+
+def small_config(*, shift: int = 0, **changes) -> LLaDAConfig:
+    """A LLaDA with everything small and no two sizes equal; its predictions shifted, or not."""
     sizes = dict(
         d_model=24,
         n_heads=4,
@@ -32,7 +40,7 @@ def small_config(**changes) -> LLaDAConfig:
         max_sequence_length=128,
         rope_theta=1000.0,
     )
-    return LLaDAConfig(**(sizes | changes))
+    return (Shifted if shift else LLaDAConfig)(**(sizes | changes))
 
 
 def random_weights(config: LLaDAConfig, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tensor]:
@@ -94,7 +102,7 @@ class Dense:
         return torch.einsum("hij,jhp->ihp", scores.softmax(-1), v)
 
     def logits(self, x_LD: Tensor, open_L: Tensor | None = None, frozen=None) -> Tensor:
-        """[L, V] logits from embeddings; eq. 30 where `open_L` is False.
+        """[L, V] logits of every position from embeddings; eq. 30 where `open_L` is False.
 
         `frozen`, if given, is (row, kv): the keys and values of all rows but `row` are those of kv.
         """
@@ -123,7 +131,19 @@ class Dense:
             gate, up = (h @ self.w(f"blocks.{i}.{n}_proj").T for n in ("ff", "up"))
             x = x + (F.silu(gate) * up) @ self.w(f"blocks.{i}.ff_out").T
         head = "wte" if self.config.weight_tying else "ff_out"
-        return (self.norm(x, "ln_f") @ self.w(head).T)[:, : self.config.vocab_size]
+        logits = (self.norm(x, "ln_f") @ self.w(head).T)[:, : self.config.vocab_size]
+        return torch.cat([logits[:1], logits[:-1]]) if self.shift else logits
+
+    @property
+    def shift(self) -> int:
+        return self.config.shape().shift
+
+    def rows_of(self, positions) -> list[int]:
+        """The rows of some positions and those at which they are read."""
+        return sorted({*positions, *self.read_at(positions)})
+
+    def read_at(self, positions) -> list[int]:
+        return [max(0, int(p) - self.shift) for p in positions]
 
     def embed(self, tokens_L: Tensor) -> Tensor:
         return self.w("wte")[tokens_L]

@@ -13,10 +13,10 @@ import torch
 from oracle import random_weights, small_config
 from pretended_cuda import CUDA, PretendedDevice, move
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import empty_model
 from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES, load_policy
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas

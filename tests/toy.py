@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import view_of
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.step import QueryResult
@@ -110,6 +110,11 @@ class Trace:
         self.confidence[positions] = confidence
         self.score[positions] = np.nan if scores is None else scores
 
+    def note_given(self, positions: IntArray, *, step: int) -> None:
+        """Positions hold the only tokens that they can."""
+        certain = np.ones(len(positions))
+        self.note(positions, step=step, entropy=0 * certain, confidence=certain, scores=None)
+
     def forget(self, positions: IntArray) -> None:
         """Positions are masked again."""
         self.step[positions] = -1
@@ -127,6 +132,23 @@ class Trace:
             "confidence": _rounded(self.confidence[committed]),
             "score": _rounded(self.score[committed]),
         }
+
+
+def infilled_runs(tokens: IntArray, given: BoolArray, masked: BoolArray) -> list[dict[str, Any]]:
+    """What was written into a prompt, one entry for each run of masks.
+
+    Args:
+        tokens: of prompt and canvas.
+        given: of the prompt's positions, those that came with a token.
+        masked: of the prompt's positions, those that are still to be written.
+    """
+    places = np.flatnonzero(~given)
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    return [
+        {"position": int(run[0]), "tokens": tokens[run].tolist()}
+        for run in runs
+        if not masked[run].any()
+    ]
 
 
 class Counters:

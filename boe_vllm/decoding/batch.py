@@ -17,9 +17,10 @@ import torch
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
-from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.constraint_table import ConstraintTable
+from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
 from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 
@@ -86,7 +87,7 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
             [
                 np.empty(0, np.int64),
                 *(
-                    table.numbers(canvas.constraints_at(positions), len(positions))
+                    table.numbers(_constraints(canvas, positions), len(positions))
                     for canvas, positions in zip(computed, wanted, strict=True)
                 ),
             ]
@@ -96,21 +97,26 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
     )
 
 
+def _constraints(canvas: Canvas, positions: IntArray) -> list[Constraint] | None:
+    return canvas.constraints.at(canvas.tokens, canvas.masked, positions)
+
+
 def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     """The rows that one request's step computes."""
     needs = canvas.policy.needs()
     written = canvas.blocks.written(canvas.masked)
-    upcoming = canvas.blocks.upcoming(canvas.masked)
+    upcoming = canvas.blocks.upcoming(canvas.masked[: canvas.visible])
     if plan and plan.live_positions is not None:
-        upcoming = np.intersect1d(upcoming, plan.live_positions)
+        upcoming = readable(upcoming, plan.live_positions, canvas.shift)
     extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
     return SequenceRows(
-        tokens=canvas.tokens,
+        tokens=canvas.tokens[: canvas.visible],
         logit_positions=canvas.writable(),
         extra_positions=np.concatenate(extra),
         keep=needs.rows,
         live_positions=plan.live_positions if plan else None,
         frozen_rows=len(plan.slots) if plan and not plan.refresh else 0,
+        shift=canvas.shift,
     )
 
 
@@ -130,5 +136,5 @@ def _writes(canvases: Sequence[Canvas], wanted: Sequence[IntArray]) -> RowWrites
     return RowWrites(
         temperature=np.concatenate(temperature),
         uniform=np.concatenate(uniform),
-        top_logprobs=max((canvas.top_logprobs for canvas in canvases), default=0),
+        top_logprobs=max((canvas.params.logprobs_per_row for canvas in canvases), default=0),
     )

@@ -104,7 +104,7 @@ class Blocks:
 
     def written(self, masked: BoolArray) -> IntArray:
         """[W] positions of the current block that are written, ascending."""
-        return self.positions[~masked[self.positions]]
+        return self.positions[~masked[self.positions] & ~self.given[self.positions]]
 
     def quota(self, masked: BoolArray) -> int:
         """Tokens due in this step."""

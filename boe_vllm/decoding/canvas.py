@@ -15,45 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.base.arrays import IntArray
+from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.decoding.accounting import (
     Account,
     TokenLogprobs,
     Trace,
     given_logprobs,
+    infilled_runs,
     token_logprobs,
 )
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
 from boe_vllm.models.cache import CachePlan, KeyValuePool
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.constraints import CanvasConstraints, Constraint
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.guidance import Guidance
 from boe_vllm.steering.step import NextStep
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Token ids that have a meaning of their own in decoding."""
-
-    mask: int
-    eos: int
-    late: frozenset[int] = frozenset()
-    """EOS and end of turn, for `confidence_eos_eot_inf` and `eos_eot_last`."""
-
-    def constraints(self, params: ResolvedRequest, prompt_len: int) -> CanvasConstraints:
-        """What a request lets be written, with what its frame says of these tokens."""
-        frame = params.config.frame
-        return CanvasConstraints(
-            params.constraints,
-            prompt_len,
-            never=self.eos if frame.logits_eos_inf else None,
-            discounted=tuple(sorted(self.late)) if frame.confidence_eos_eot_inf else (),
-        )
 
 
 class Canvas:
@@ -67,6 +49,7 @@ class Canvas:
         special: SpecialTokens,
         vocab_size: int,
         pool: KeyValuePool | None = None,
+        shift: int = 0,
     ) -> None:
         """Append the masks and open the first block.
 
@@ -76,35 +59,35 @@ class Canvas:
             special: ids of the mask and of the ends of text.
             vocab_size: number of tokens.
             pool: room for frozen keys and values, if the request asks for a cache.
+            shift: rows by which a position's prediction lies before it.
 
         Raises:
             ValueError: when the pool has no room left.
         """
-        self.params, self.special, self.vocab_size = params, special, vocab_size
+        self.params, self.special, self.vocab_size, self.shift = params, special, vocab_size, shift
         self.config, self.plan = params.config, params.plan
         frame = self.config.frame
         self.policy = params.policy(special.eos)
         self.prompt_len = len(prompt)
         self.tokens = self._tokens(prompt)
-        self.masked = self.tokens == special.mask
+        self.masked = self._masks()
         self.given = ~self.masked
-        self.constraints = special.constraints(params, self.prompt_len)
+        self.constraints = self._rules()
         last = frame.confidence_eos_eot_inf or frame.eos_eot_last
         self.late_tokens = np.array(sorted(special.late) if last else [], np.int64)
-        self.masked_at_start = int(self.masked.sum())
+        self.account, self.trace = Account(), Trace(len(self.tokens))
+        guided = frame.cfg_scale > 0
+        self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
+        self._write_certain()
+        self.masked_at_start, self.emitted = int(self.masked.sum()), 0
         self.memory: dict[str, Any] = {}
         self.device_memory: dict[str, Any] = {}
-        self.guide = (
-            Guidance(scale=frame.cfg_scale, given=self.given) if frame.cfg_scale > 0 else None
-        )
-        self.account, self.trace = Account(), Trace(len(self.tokens))
         self.logprobs_of: dict[int, TokenLogprobs] = {}
-        self.emitted = 0
         self.cache: RequestCache | None = None
         if frame.cache != "none":
             assert pool is not None
-            length = len(self.tokens)
-            self.cache = RequestCache(frame.cache, frame.cache_refresh, pool, length)
+            room = pool, len(self.tokens)
+            self.cache = RequestCache(frame.cache, frame.cache_refresh, *room, shift)
         self.blocks = Blocks(
             self.plan,
             frame.schedule,
@@ -126,6 +109,29 @@ class Canvas:
         tokens[: len(given)] = given
         return tokens
 
+    def _masks(self) -> BoolArray:
+        masks = self.tokens == self.special.mask
+        if not self.config.frame.infill:  # then one in the prompt is a token like any other
+            masks[: self.prompt_len] = False
+        return masks
+
+    def _rules(self) -> CanvasConstraints:
+        frame, length = self.config.frame, self.plan.gen_length
+        return CanvasConstraints(
+            self.params.constraints,
+            self.prompt_len,
+            never=self.special.eos if frame.logits_eos_inf else None,
+            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
+            length=length,
+            end=self.params.max_tokens or length,
+        )
+
+    @property
+    def visible(self) -> int:
+        """Positions that the model sees: those up to the current block's end, of a canvas that
+        grows."""
+        return self.blocks.end if self.config.frame.canvas == "growing" else len(self.tokens)
+
     @property
     def done(self) -> bool:
         """Nothing is masked any more."""
@@ -145,11 +151,8 @@ class Canvas:
             block=self.blocks.index,
             block_step=self.blocks.step + ahead,
             block_positions=self.blocks.positions,
+            length=self.visible,
         )
-
-    def constraints_at(self, positions: IntArray) -> list[Constraint] | None:
-        """[M] what may be written at some masked positions now; None if all may be everywhere."""
-        return self.constraints.at(self.tokens, self.masked, positions)
 
     def next_step(self) -> NextStep:
         """How the step after the coming one would be computed, if it stays in this block."""
@@ -158,14 +161,9 @@ class Canvas:
             seed=self.params.seed,
             step=self.account.denoising_steps + 1,
             constraints=self.constraints,
-            top_logprobs=self.top_logprobs,
+            top_logprobs=self.params.logprobs_per_row,
             cache=self.cache_plan(ahead=1),
         )
-
-    @property
-    def top_logprobs(self) -> int:
-        """Most likely tokens that a pass must report per row; 0 if no log-probabilities are."""
-        return self.params.logprobs * max(1, self.params.top_logprobs)
 
     def release(self) -> None:
         """Give back what the request holds outside its canvas."""
@@ -220,13 +218,24 @@ class Canvas:
                     statistics, rows.start + int(index), self.params.top_logprobs, other
                 )
         self._remask(commit.remask)
+        done = self.blocks.complete(self.masked)
+        if done or not self.policy.config.rewrites:
+            self._write_certain()
         self.account.denoising_steps += 1
         self.blocks.step += 1
         self.settled = commit.settled
         self._carry(commit.carry)
-        if self.blocks.complete(self.masked):
+        if done or self.blocks.complete(self.masked):
             self.carried, self.settled = None, True
             self.blocks.advance(self.masked)
+
+    def _write_certain(self) -> None:
+        """Write what a grammar leaves no choice about, which is from now on as good as given."""
+        certain = self.constraints.certain(self.tokens, self.masked)
+        positions = np.array(list(certain), np.int64)
+        self.tokens[positions], self.masked[positions] = list(certain.values()), False
+        self.given[positions] = True
+        self.trace.note_given(positions, step=self.account.denoising_steps)
 
     def _remask(self, positions: IntArray) -> None:
         sent = (positions >= self.prompt_len) & (positions < self.prompt_len + self.emitted)
@@ -284,17 +293,8 @@ class Canvas:
         if self.config.frame.trace:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         if not self.given[: self.prompt_len].all():
-            report["infill"] = self._infill()
+            given, masked = (at[: self.prompt_len] for at in (self.given, self.masked))
+            report["infill"] = infilled_runs(self.tokens, given, masked)
         if isinstance(self.policy, ChoicesPolicy):
             report |= self.policy.report(self.memory)
         return report
-
-    def _infill(self) -> list[dict[str, Any]]:
-        """What was written into the prompt, one entry for each run of masks."""
-        places = np.flatnonzero(~self.given[: self.prompt_len])
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        return [
-            {"position": int(run[0]), "tokens": self.tokens[run].tolist()}
-            for run in runs
-            if not self.masked[run].any()
-        ]

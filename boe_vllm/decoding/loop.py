@@ -18,11 +18,13 @@ import torch
 from boe_vllm.base.clock import Clock
 from boe_vllm.decoding.accounting import PREFIX, Counters, TokenLogprobs, total_costs
 from boe_vllm.decoding.batch import StepBatch, pack_step
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import Errors, decide, unproposed, views_of
+from boe_vllm.decoding.snapshots import Snapshots
 from boe_vllm.models.cache import CachedRows, KeyValuePool
-from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.functional import Scratch
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.distributions import VocabularyMemory
@@ -46,6 +48,8 @@ class StepResult:
     """Cost and trace so far; present whenever the request may end with this step."""
     error: str | None = None
     """Why the request cannot go on."""
+    snapshot: dict[str, Any] | None = None
+    """The canvas, if the request wants it seen; see `decoding.snapshots`."""
 
 
 class DenoisingLoop:
@@ -53,7 +57,7 @@ class DenoisingLoop:
 
     def __init__(
         self,
-        model: Decoder,
+        model: DenoisingNetwork,
         *,
         special: SpecialTokens,
         device: torch.device,
@@ -61,6 +65,7 @@ class DenoisingLoop:
         cache_rows: int = 0,
         row_budget: int = DEFAULT_ROW_BUDGET,
         score_grid: float | None = None,
+        canvas_rate: float = 20.0,
     ) -> None:
         """Wrap a loaded model.
 
@@ -72,7 +77,9 @@ class DenoisingLoop:
             cache_rows: rows of keys and values that requests with a cache may hold together.
             row_budget: most rows of one packed look-ahead pass, unless one state alone has more.
             score_grid: policies see numbers rounded to multiples of this; None for none.
+            canvas_rate: most snapshots of a canvas in a second.
         """
+        self.snapshots = Snapshots(canvas_rate)
         self.model, self.special, self.device = model, special, device
         self.budget_bytes, self.row_budget, self.score_grid = budget_bytes, row_budget, score_grid
         weight = next(model.parameters())
@@ -91,6 +98,7 @@ class DenoisingLoop:
             special=self.special,
             vocab_size=self.model.vocab_size,
             pool=self.pool,
+            shift=self.model.shift,
         )
 
     def remove(self, request_id: str) -> None:
@@ -98,6 +106,7 @@ class DenoisingLoop:
         canvas = self.canvases.pop(request_id, None)
         if canvas is not None:
             canvas.release()
+            self.snapshots.forget(request_id)
 
     @torch.no_grad()
     def step(self, request_ids: Sequence[str]) -> dict[str, StepResult]:
@@ -123,7 +132,8 @@ class DenoisingLoop:
         self.counters.cost(before, total_costs(canvas.account for canvas in canvases))
         self.counters.time(self.clock.read())
         for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
-            results[request_id] = _result(canvas, errors.get(n))
+            snapshot = self.snapshots.take(request_id, canvas, views.get(n))
+            results[request_id] = _result(canvas, errors.get(n), snapshot)
         return results
 
     def predict(self, canvases: Sequence[Canvas]) -> tuple[StepBatch, DenoisingPass, RowStatistics]:
@@ -214,7 +224,9 @@ class DenoisingLoop:
             )
 
 
-def _result(canvas: Canvas, error: str | None = None) -> StepResult:
+def _result(
+    canvas: Canvas, error: str | None = None, snapshot: dict[str, Any] | None = None
+) -> StepResult:
     tokens = [] if error else canvas.emit()
     return StepResult(
         tokens=tokens,
@@ -222,4 +234,5 @@ def _result(canvas: Canvas, error: str | None = None) -> StepResult:
         done=canvas.done,
         report=canvas.report() if tokens or error or canvas.done else None,
         error=error,
+        snapshot=snapshot,
     )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer, PretrainedConfig
 
 from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.families import config_class, config_classes, tell_transformers
 from boe_vllm.models.layers import Layers
-from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.models.names import CheckpointConfig
 
 Tensor = torch.Tensor
 
 
 def random_model(
-    config: LLaDAConfig,
+    config: CheckpointConfig,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -35,9 +38,9 @@ def random_model(
     """
     model = empty_model(config, dtype=dtype, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            std = scale or parameter.shape[1] ** -0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith(".bias"):
+            std = scale or parameter.shape[-1] ** -0.5
             parameter.data.normal_(0.0, std, generator=generator)
     return model
 
@@ -45,7 +48,7 @@ def random_model(
 def load_model(
     folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Decoder:
-    """The network of a LLaDA checkpoint, read tensor by tensor.
+    """The network of a checkpoint, read tensor by tensor.
 
     Args:
         folder: with `config.json` and `*.safetensors`.
@@ -54,8 +57,8 @@ def load_model(
         device: where the network lives.
 
     Raises:
-        ValueError: for a folder without these files, a variant of LLaDA that is not supported, or
-            tensors that do not fit the config.
+        ValueError: for a folder without these files, a model or a variant of it that is not
+            supported, or tensors that do not fit the config.
     """
     config = read_config(folder)
     if dtype is None:
@@ -67,7 +70,7 @@ def load_model(
 
 
 def empty_model(
-    config: LLaDAConfig, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    config: CheckpointConfig, *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Decoder:
     """A network whose weights are yet to be loaded: whatever lay in its memory.
 
@@ -80,18 +83,33 @@ def empty_model(
         return Decoder(config, Layers()).eval()
 
 
-def read_config(folder: str | Path) -> LLaDAConfig:
+def read_config(folder: str | Path) -> CheckpointConfig:
     """A checkpoint's `config.json`.
 
     Raises:
-        ValueError: for a folder without one, or a variant of LLaDA that is not supported.
+        ValueError: for a folder without one, or a model or a variant of it that is not supported.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"checkpoint: expected a folder with a config.json, got {str(folder)!r}; "
             "name a folder on this machine"
         )
-    return LLaDAConfig.from_pretrained(str(folder))
+    said = PretrainedConfig.get_config_dict(str(folder))[0]
+    kind = said.get("model_type")
+    by_type = [known.architecture for known in config_classes() if known.model_type == kind]
+    named = said.get("architectures") or by_type or [f"none, of model_type {kind}"]
+    return config_class(named[0]).from_pretrained(str(folder))
+
+
+def load_tokenizer(folder: str | Path, config: CheckpointConfig) -> Any:
+    """Transformers' tokenizer for a checkpoint; no code of its repository is run.
+
+    Args:
+        folder: with the tokenizer's files.
+        config: the checkpoint's.
+    """
+    tell_transformers()
+    return AutoTokenizer.from_pretrained(str(folder), config=config, trust_remote_code=False)
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""LLaDA's network on packed rows, with a backward that only the saved rows pass through.
+"""The bidirectional decoder on packed rows, with a backward that only the saved rows pass through.
 
 Attention is bidirectional, so a pass works on a `RowLayout`: any rows of any sequences. Saved rows
 leave behind what the backward needs; the other rows leave only their keys and values. The backward
@@ -22,9 +22,10 @@ from boe_vllm.attention import attention_forward
 from boe_vllm.attention.api import resolve
 from boe_vllm.models import weights
 from boe_vllm.models.block import Block
-from boe_vllm.models.functional import Scratch, rms_norm, rms_norm_backward, rotary_tables
+from boe_vllm.models.functional import Scratch, rotary_tables
 from boe_vllm.models.layers import Layers, Vocabulary
-from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.models.names import CheckpointConfig
+from boe_vllm.models.norms import norm_of
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedLayer, SavedPass, key_value_memory
@@ -33,24 +34,30 @@ Tensor = torch.Tensor
 
 
 class Decoder(nn.Module):
-    """LLaDA-8B-Base, -8B-Instruct and LLaDA-1.5 share this network."""
+    """The network of every family; `DecoderShape` has its switches. It is a
+    `contract.DenoisingNetwork`."""
 
-    def __init__(self, config: LLaDAConfig, layers: Layers) -> None:
+    def __init__(self, config: CheckpointConfig, layers: Layers) -> None:
         """Weights that are yet to be loaded, in torch's default dtype and on its default device.
 
         Args:
-            config: sizes.
+            config: the checkpoint's.
             layers: makes the weights and knows the ranks.
         """
         super().__init__()
-        tokens, width = config.embedding_size, config.d_model
-        assert tokens is not None
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.wte = layers.embedding(tokens, width)
-        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.n_layers))
-        self.ln_f = nn.Parameter(torch.ones(width), requires_grad=False)
-        self.head = layers.head(tokens, width, self.wte if config.weight_tying else None)
+        shape = config.shape()
+        self.config, self.shape = config, shape
+        self.vocab_size = shape.vocab_size
+        self.shift: int = shape.shift
+        self.wte = layers.embedding(shape.embedding_rows, shape.width)
+        self.blocks = nn.ModuleList(Block(shape, layers) for _ in range(shape.layers))
+        self.norm = norm_of(shape)
+        self.ln_f = nn.Parameter(torch.ones(shape.width), requires_grad=False)
+        tied_to = self.wte if shape.tied else None
+        self.head = layers.head(shape.embedding_rows, shape.width, tied_to)
+        self.head_bias: nn.Parameter | None = None
+        if shape.modulated:
+            self.head_bias = nn.Parameter(torch.zeros(shape.vocab_size), requires_grad=False)
         self.scratch = Scratch()
         self._ranks = layers
 
@@ -78,11 +85,15 @@ class Decoder(nn.Module):
 
     def norm_first(self, x_ND: Tensor) -> Tensor:
         """What the first block projects of the embeddings, [N, D]."""
-        return rms_norm(x_ND, self.layers[0].attn_norm, self.config.rms_norm_eps)
+        return self.norm.run(x_ND, self.layers[0].attn_norm)
 
     def norm_after(self, layer: int) -> Tensor | None:
         """[D] the weight of the norm that the block after this one begins with, if there is one."""
         return self.layers[layer + 1].attn_norm if layer + 1 < len(self.blocks) else None
+
+    def norm_last(self, x_ND: Tensor) -> Tensor:
+        """What the vocabulary's product takes of the last block's output, [N, D]."""
+        return self.norm.run(x_ND, self.ln_f)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Token embeddings, [N, D]."""
@@ -108,7 +119,11 @@ class Decoder(nn.Module):
         context = context or KeyValueContext()
         block = self.layers[0]
         rotary = rotary_tables(
-            layout.positions, block.head_size, self.config.rope_theta, x_TD.dtype
+            layout.positions,
+            block.head_size,
+            self.shape.rope_theta,
+            x_TD.dtype,
+            self.shape.rope_stretch,
         )
         normed: Tensor | None = self.norm_first(x_TD)
         keep = any(layout.saved_lens)
@@ -119,25 +134,25 @@ class Decoder(nn.Module):
             places = [*key_value_memory(x_TD, memory, **self.cache_shape())]
         for index, block in enumerate(self.layers):
             assert normed is not None
-            q, k, v = block.project(normed, rotary, self.scratch, places[index])
+            q, k, v, heads = block.project(
+                normed, rotary, self.scratch, places[index], index_A if keep else None
+            )
             k, v = context.merge(index, k, v)
             impl = block.attention_impl
             mixed = attention_forward(
                 q, k, v, layout=layout.attention, scale=block.scale, impl=impl
             )
             after, normed = block.attend(x_TD, mixed)
-            out, normed, gate_up = block.feed(
+            out, normed, mlp = block.feed(
                 after, normed, self.norm_after(index), index_A if keep else None, self.scratch
             )
             if saved is not None:
-                assert gate_up is not None
                 before, after, q = x_TD[index_A], after[index_A], q[index_A]
-                saved.layers.append(SavedLayer(before, after, q, gate_up, k, v))
+                saved.layers.append(SavedLayer(before, after, q, mlp, k, v, heads))
             x_TD = out
         if saved is not None:
             saved.final_AD = x_TD[index_A]
-        hidden = rms_norm(x_TD[layout.logit_index], self.ln_f, self.config.rms_norm_eps)
-        return hidden, saved
+        return self.norm_last(x_TD[layout.logit_index]), saved
 
     def backward(
         self,
@@ -157,7 +172,7 @@ class Decoder(nn.Module):
                 their keys and values [A, G, P].
         """
         assert saved.final_AD is not None
-        dx = rms_norm_backward(dhidden_AD, saved.final_AD, self.ln_f, self.config.rms_norm_eps)
+        dx = self.norm.backward(dhidden_AD, saved.final_AD, self.ln_f)
         for index in reversed(range(len(self.blocks))):
             dx, dmixed, dk, dv = self.layers[index].backward(
                 dx, saved.layers[index], saved.layout, saved.rotary_2A1p, active_A11
@@ -179,7 +194,8 @@ class Decoder(nn.Module):
         In the dtype of the network; on CUDA in float32 where that is half precision.
         """
         local = matmul_rows(hidden_RD, self.head.weight.t(), scratch, float32=True)
-        return self._ranks.gather_columns(local)[:, : self.vocab_size]
+        logits = self._ranks.gather_columns(local)[:, : self.vocab_size]
+        return logits if self.head_bias is None else logits.add_(self.head_bias)
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:
         """Gradient of `logits` with respect to the hidden states, [R, D]."""
@@ -201,7 +217,7 @@ class Decoder(nn.Module):
     # ---- weights -------------------------------------------------------------------------------
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load official LLaDA tensors; returns the names of the parameters that got them.
+        """Load a checkpoint's tensors, by its family's names; returns our parameters' names.
 
         Raises:
             ValueError: naming every missing or unexpected tensor.

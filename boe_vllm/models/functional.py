@@ -10,9 +10,12 @@ Legend: as `plain`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from boe_vllm.models import fused, plain
+from boe_vllm.models.shape import RopeStretch
 
 Tensor = torch.Tensor
 
@@ -62,12 +65,26 @@ def rms_norm_backward(
     return run(dy_ND, x_ND, weight_D, eps, beside_ND)
 
 
-def rotary_tables(positions_N: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:
+def rotary_tables(
+    positions_N: Tensor,
+    head_size: int,
+    theta: float,
+    dtype: torch.dtype,
+    stretch: RopeStretch | None = None,
+) -> Tensor:
     """Cosines and sines of the rotary angles, [2, N, 1, P/2] in float32 (float64 for float64)."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, head_size, 2, device=positions_N.device, dtype=exact) / head_size
     angles = positions_N.to(exact)[:, None] / theta**exponent
+    if stretch is not None:
+        angles *= _stretched(2 * math.pi * theta**exponent, stretch)
     return torch.stack([angles.cos(), angles.sin()])[:, :, None, :]
+
+
+def _stretched(wavelengths_p: Tensor, stretch: RopeStretch) -> Tensor:
+    """[P/2] what the angles of some wavelengths, in positions, are multiplied by."""
+    share = (stretch.context / wavelengths_p - stretch.low) / (stretch.high - stretch.low)
+    return (1 - share.clamp(0, 1)) / stretch.factor + share.clamp(0, 1)
 
 
 def split_rotated(

@@ -27,34 +27,48 @@ Part = str | int | None
 class Matrix(nn.Module):
     """A frozen weight [rows, columns] of one or several parts, one above the other."""
 
-    def __init__(self, rows: dict[Part, int], columns: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: dict[Part, int], columns: int, bias: bool = False) -> None:
         """Uninitialised, in torch's default dtype and on its default device.
 
         Args:
             rows: of each part, in their order.
             columns: of all.
+            bias: whether each row has a number that is added to its product.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(rows.values()), columns), requires_grad=False)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(sum(rows.values())), requires_grad=False)
         self._rows = rows
 
-    def load(self, tensor: Tensor, part: Part = None) -> None:
+    def load(self, tensor: Tensor, part: Part = None, leaf: str = "weight") -> None:
         """Copy a checkpoint's tensor to its place.
+
+        Args:
+            tensor: the part's weight or bias.
+            part: which.
+            leaf: "weight" or "bias".
 
         Raises:
             ValueError: for a part that is not there, or another shape than that of its place.
         """
         names = list(self._rows)
         before = sum(self._rows[name] for name in names[: names.index(part)])
-        copy_exactly(self.weight.data[before : before + self._rows[part]], tensor)
+        place = getattr(self, leaf).data[before : before + self._rows[part]]
+        copy_exactly(place, tensor)
 
 
 class QueryKeyValue(Matrix):
     """Projections to queries, keys and values, with the heads of this rank."""
 
-    def __init__(self, width: int, head_size: int, heads: int, kv_heads: int) -> None:
+    def __init__(
+        self, width: int, head_size: int, heads: int, kv_heads: int, bias: bool = False
+    ) -> None:
         rows: dict[Part, int] = {"q": heads, "k": kv_heads, "v": kv_heads}
-        super().__init__({name: n * head_size for name, n in rows.items()}, width)
+        super().__init__({name: n * head_size for name, n in rows.items()}, width, bias)
         self.num_heads, self.num_kv_heads = heads, kv_heads
 
 
@@ -69,9 +83,9 @@ class Vocabulary(Matrix):
         super().__init__({None: tokens, "padding": padded - tokens}, width)
         self._tokens = tokens
 
-    def load(self, tensor: Tensor, part: Part = None) -> None:
+    def load(self, tensor: Tensor, part: Part = None, leaf: str = "weight") -> None:
         """As `Matrix`; the rows beyond the tokens become zero."""
-        super().load(tensor, part)
+        super().load(tensor, part, leaf)
         self.weight.data[self._tokens :] = 0
 
     def forward(self, tokens_N: Tensor) -> Tensor:
@@ -85,11 +99,16 @@ class Layers:
     Layers are made in torch's default dtype and on its default device.
     """
 
+    rank: int = 0
+    """Of this process among the tensor-parallel ones."""
+    ranks: int = 1
+    """How many there are."""
+
     def query_key_value(
-        self, width: int, head_size: int, heads: int, kv_heads: int
+        self, width: int, head_size: int, heads: int, kv_heads: int, *, bias: bool = False
     ) -> QueryKeyValue:
         """Fused projections; a checkpoint loads its parts "q", "k" and "v"."""
-        return QueryKeyValue(width, head_size, heads, kv_heads)
+        return QueryKeyValue(width, head_size, heads, kv_heads, bias)
 
     def merged(self, width: int, sizes: Sequence[int]) -> Matrix:
         """Projections from `width` to each of `sizes`, one above the other: parts 0, 1, ..."""

@@ -11,6 +11,30 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from boe_vllm.models.families import check_token_ids, refuse_variants, route
+from boe_vllm.models.names import TensorNames
+from boe_vllm.models.shape import DecoderShape
+
+PREFIX = "model.transformer."
+NAMES = TensorNames(
+    family="LLaDA",
+    embedding=f"{PREFIX}wte",
+    final_norm=f"{PREFIX}ln_f",
+    head=f"{PREFIX}ff_out",
+    block=f"{PREFIX}blocks.{{n}}.",
+    within={
+        "attention_norm": "attn_norm",
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "attention_out": "attn_out",
+        "mlp_norm": "ff_norm",
+        "gate": "ff_proj",
+        "up": "up_proj",
+        "down": "ff_out",
+    },
+)
+
 # Fields that choose a variant of the network, and the one value that ours implements.
 SUPPORTED_VARIANT: dict[str, Any] = {
     "block_type": "llama",
@@ -40,6 +64,10 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "llada"
+    architecture: ClassVar[str] = "LLaDAModelLM"
+    names: ClassVar[TensorNames] = NAMES
+    end_of_turn: ClassVar[str] = "<|eot_id|>"
+    shift: ClassVar[int] = 0
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "intermediate_size": "mlp_hidden_size",
@@ -115,15 +143,31 @@ class LLaDAConfig(PretrainedConfig):
             self.eot_token_id = _LLADA_8B_EOT
         self.check_supported()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers calls it; "llada" is the `model_type` of LLaDA-MoE as well."""
+        return route(cls, super().from_dict, config_dict, kwargs)
+
+    def shape(self) -> DecoderShape:
+        """The network's sizes."""
+        assert self.n_kv_heads and self.mlp_hidden_size and self.embedding_size
+        return DecoderShape(
+            vocab_size=self.vocab_size,
+            embedding_rows=self.embedding_size,
+            width=self.d_model,
+            layers=self.n_layers,
+            heads=self.n_heads,
+            kv_heads=self.n_kv_heads,
+            head_size=self.d_model // self.n_heads,
+            inner=self.mlp_hidden_size,
+            eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            tied=self.weight_tying,
+        )
+
     def check_supported(self) -> None:
         """Raise ValueError if the network would not compute what this config describes."""
-        for name, expected in SUPPORTED_VARIANT.items():
-            value = getattr(self, name)
-            if (value or None) != (expected or None):
-                raise ValueError(
-                    f"{name}: expected {expected!r}, got {value!r}; "
-                    f"this variant of LLaDA is not supported"
-                )
+        refuse_variants(self, SUPPORTED_VARIANT, "LLaDA")
         for name, by in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
             if getattr(self, name) % getattr(self, by):
                 raise ValueError(
@@ -135,10 +179,4 @@ class LLaDAConfig(PretrainedConfig):
                 f"embedding_size: expected at least vocab_size ({self.vocab_size}), "
                 f"got {self.embedding_size}; correct the checkpoint's config.json"
             )
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{name}: expected a token id below vocab_size ({self.vocab_size}), "
-                    f"got {token}; correct the checkpoint's config.json"
-                )
+        check_token_ids(self)

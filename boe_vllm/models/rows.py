@@ -3,12 +3,14 @@
 A bidirectional network does not care in which order a sequence's rows are stored, since rotary
 positions travel with the rows. So each sequence's rows are stored in two groups:
 
-    [ logit rows | other live rows ]
+    [ rows of masked positions that may be written | other live rows ]
 
-Logit rows are those whose predictions are wanted: the masked ones first, then any further ones.
-The rows that are saved for a backward are the masked logit rows or all live rows, so they come
-first as well. Sequences follow each other; keys that are frozen (a cache, or the rows outside a
-partial pass) come after a sequence's live keys.
+A position's prediction is read at its own row or, where the model shifts its predictions by one
+(Dream), at the row of the position before it; at the first position of all, at its own. Those rows
+are logit rows: those of the masked positions, then those of any further positions whose predictions
+are wanted. The rows that are saved for a backward come first: the masked positions' own, then the
+others at which these are read; or all live rows. Sequences follow each other; keys that are frozen
+(a cache, or the rows outside a partial pass) come after a sequence's live keys.
 
 Legend: `L` positions of a sequence, `B` sequences of a pass, `T` packed live rows, `R` packed logit
 rows, `A` packed saved rows.
@@ -38,18 +40,27 @@ class SequenceRows:
     logit_positions: IntArray
     """Masked positions whose predictions are wanted, ascending."""
     extra_positions: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    """Further positions whose predictions are wanted, ascending; their rows come after."""
+    """Further positions whose predictions are wanted, ascending."""
     keep: Literal["none", "masked", "all"] = "none"
-    """Rows that are saved for a backward: none, those of `logit_positions`, or all live rows."""
+    """Rows that are saved for a backward: none, those of `logit_positions` and those at which these
+    are read, or all live rows."""
     live_positions: IntArray | None = None
     """Positions that are computed; None for all."""
     frozen_rows: int = 0
     """Keys of this sequence that are given, not computed."""
+    shift: int = 0
+    """Rows by which a position's prediction lies before it: 0 or 1."""
 
     @property
     def wanted_positions(self) -> IntArray:
-        """Positions whose predictions are wanted, in the order of their rows."""
+        """Positions whose predictions are wanted, in the order of their logit rows."""
         return np.concatenate([self.logit_positions, self.extra_positions])
+
+    @property
+    def kept_positions(self) -> IntArray:
+        """Positions of the rows that "masked" keeps, in the order of their rows."""
+        read = read_at(self.logit_positions, self.shift)
+        return np.concatenate([self.logit_positions, np.setdiff1d(read, self.logit_positions)])
 
     @property
     def live_rows(self) -> int:
@@ -59,7 +70,7 @@ class SequenceRows:
     @property
     def saved_rows(self) -> int:
         """Rows that are saved for a backward."""
-        return {"none": 0, "masked": len(self.logit_positions), "all": self.live_rows}[self.keep]
+        return {"none": 0, "masked": len(self.kept_positions), "all": self.live_rows}[self.keep]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,9 @@ class RowLayout:
     """[B] frozen keys per sequence."""
     row_positions: tuple[IntArray, ...]
     """[B] positions of each sequence's live rows in their packed order (host)."""
+    read_rows: tuple[IntArray, ...]
+    """[B] where the predictions of each sequence's wanted positions are read: rows, counted from
+    the sequence's first (host)."""
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +139,11 @@ def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
     logit_lens = tuple(len(rows.wanted_positions) for rows in sequences)
     saved_lens = tuple(rows.saved_rows for rows in sequences)
     starts = _starts(live_lens)
-    indices = [_heads(starts, lens) for lens in (logit_lens, saved_lens)]
+    read_rows = tuple(map(_read_rows, sequences, positions))
+    indices = [
+        _joined([start + rows for start, rows in zip(starts, read_rows, strict=False)]),
+        _heads(starts, saved_lens),
+    ]
     on_device = to_device([_joined(tokens), _joined(positions), *indices], device)
     return RowLayout(
         tokens=on_device[0],
@@ -137,17 +155,40 @@ def pack(sequences: Sequence[SequenceRows], device: torch.device) -> RowLayout:
         saved_lens=saved_lens,
         frozen_lens=tuple(rows.frozen_rows for rows in sequences),
         row_positions=tuple(positions),
+        read_rows=read_rows,
     )
 
 
+def read_at(positions: IntArray, shift: int) -> IntArray:
+    """Positions at whose rows the predictions of some positions are read.
+
+    Dream's `cat([logits[:, :1], logits[:, :-1]], 1)`: the first position has none before it.
+    """
+    return np.maximum(positions - shift, 0)
+
+
+def readable(positions: IntArray, live: IntArray, shift: int) -> IntArray:
+    """Those of some positions whose predictions can be read where only some rows are computed."""
+    return positions[np.isin(read_at(positions, shift), live)]
+
+
 def _packed_order(rows: SequenceRows) -> IntArray:
-    """[live] positions: the masked logit rows, the further ones, the others, each ascending."""
-    length = len(rows.tokens)
+    """[live] positions: the kept ones as they come, the further wanted ones, the others."""
+    length, kept = len(rows.tokens), rows.kept_positions
     live = np.arange(length) if rows.live_positions is None else rows.live_positions
-    rank = np.full(length, 2, dtype=np.int8)
-    rank[rows.extra_positions] = 1
-    rank[rows.logit_positions] = 0
+    rank = np.full(length, length + 1)
+    rank[rows.extra_positions] = length
+    rank[kept] = np.arange(len(kept))
     return live[np.argsort(rank[live], kind="stable")]
+
+
+def _read_rows(rows: SequenceRows, order: IntArray) -> IntArray:
+    """[wanted] rows of the sequence, counted from its first."""
+    place = np.full(len(rows.tokens), -1)
+    place[order] = np.arange(len(order))
+    found = place[read_at(rows.wanted_positions, rows.shift)]
+    assert (found >= 0).all(), "a wanted position is read at a row that is not computed"
+    return found
 
 
 def _starts(lens: Sequence[int]) -> tuple[int, ...]:

@@ -1,12 +1,13 @@
 """What a pass leaves behind for its backward, and where it finds keys and values.
 
 Legend: `T` packed live rows, `A` packed saved rows, `S` packed rows of keys and values, `D` width,
-`F` MLP width, `H`/`G` heads of queries/keys, `P` head size.
+`H`/`G` heads of queries/keys, `X` both, `P` head size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -23,9 +24,12 @@ class SavedLayer:
     before_AD: Tensor
     after_attention_AD: Tensor
     queries_AHP: Tensor
-    gate_up_A2F: Tensor
+    mlp: Any
+    """What the block's MLP keeps for its own backward."""
     keys_SGP: Tensor
     values_SGP: Tensor
+    heads_AXP: Tensor | None = None
+    """Queries and keys before the norm of their heads, where they have one."""
 
 
 @dataclasses.dataclass(slots=True)

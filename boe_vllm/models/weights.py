@@ -1,4 +1,4 @@
-"""Official LLaDA tensor names and the parameters that they go to."""
+"""A checkpoint's tensors, by their names, into the network's parameters."""
 
 from __future__ import annotations
 
@@ -7,78 +7,76 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from boe_vllm.models.layers import Matrix, Part, copy_exactly
+from boe_vllm.models.experts import Experts
+from boe_vllm.models.layers import Matrix, copy_exactly
+from boe_vllm.models.names import Place
 
 if TYPE_CHECKING:
     from boe_vllm.models.decoder import Decoder
 
-PREFIX = "model.transformer."
-
-# LLaDA's name within a block -> (our parameter, part of a fused one).
-_BLOCK_TENSORS: dict[str, tuple[str, Part]] = {
-    "attn_norm": ("attn_norm", None),
-    "q_proj": ("qkv_proj.weight", "q"),
-    "k_proj": ("qkv_proj.weight", "k"),
-    "v_proj": ("qkv_proj.weight", "v"),
-    "attn_out": ("attn_out.weight", None),
-    "ff_norm": ("ff_norm", None),
-    "ff_proj": ("gate_up_proj.weight", 0),
-    "up_proj": ("gate_up_proj.weight", 1),
-    "ff_out": ("ff_out.weight", None),
-}
+Tensor = torch.Tensor
 
 
-def expected_tensors(n_layers: int, *, weight_tying: bool) -> dict[str, tuple[str, Part]]:
-    """Every tensor that a checkpoint must have -> (parameter, part of a fused one)."""
-    table: dict[str, tuple[str, Part]] = {
-        f"{PREFIX}wte.weight": ("wte.weight", None),
-        f"{PREFIX}ln_f.weight": ("ln_f", None),
-    }
-    if not weight_tying:
-        table[f"{PREFIX}ff_out.weight"] = ("head.weight", None)
-    for layer in range(n_layers):
-        for name, (parameter, part) in _BLOCK_TENSORS.items():
-            key = f"{PREFIX}blocks.{layer}.{name}.weight"
-            table[key] = (f"blocks.{layer}.{parameter}", part)
-    return table
-
-
-def load(model: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Copy the tensors into the model's parameters; returns the parameters' names.
 
+    A checkpoint of tied weights may store the output matrix again, if it is the embeddings.
+
     Raises:
-        ValueError: for a missing or an unexpected tensor, or one of the wrong shape, by name.
+        ValueError: for a missing or an unexpected tensor, one of the wrong shape, or an output
+            matrix that is not tied where the config says so; by name.
     """
-    config = model.config
-    expected = expected_tensors(config.n_layers, weight_tying=config.weight_tying)
-    parameters = dict(model.named_parameters())
+    names, shape = model.config.names, model.shape
+    expected = names.expected(shape)
+    again = {f"{names.head}.weight", f"{names.embedding}.weight"} if shape.tied else set()
+    twice: dict[str, Tensor] = {}
     missing, loaded = set(expected), set()
-    for name, tensor in tensors:
+    for name, tensor in names.prepare(tensors, shape):
+        if name in again:
+            twice[name] = tensor
+            if name not in expected:
+                continue
         if name not in expected:
             raise ValueError(
                 f"checkpoint: unexpected tensor {name!r} of shape {tuple(tensor.shape)}; expected "
-                f"LLaDA's names for {config.n_layers} layers (weight_tying={config.weight_tying}); "
-                "check config.json against the checkpoint"
+                f"{names.family}'s names for {shape.layers} layers (tied={shape.tied}, "
+                f"qkv_bias={shape.qkv_bias}, head_norm={shape.head_norm}, "
+                f"experts={shape.experts.count if shape.experts else 0}); check config.json "
+                f"against the checkpoint"
             )
-        target, part = expected[name]
-        owner, _, leaf = target.rpartition(".")
-        try:
-            if leaf == "weight":
-                cast(Matrix, model.get_submodule(owner)).load(tensor, part)
-            else:
-                copy_exactly(parameters[target].data, tensor)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint: tensor {name!r} of shape {tuple(tensor.shape)} does not fit the "
-                f"sizes in config.json ({error or 'shape mismatch'}); check config.json"
-            ) from error
+        loaded.update(_copy(model, name, tensor, expected[name]))
         missing.discard(name)
-        loaded.add(target)
     if missing:
         raise ValueError(
             f"checkpoint: missing {len(missing)} tensor(s): {', '.join(sorted(missing)[:8])}; "
-            "expected LLaDA's official names; download the checkpoint again or check config.json"
+            f"expected {names.family}'s official names; download the checkpoint again or check "
+            f"config.json"
         )
-    if config.weight_tying:
+    if len(twice) == 2 and not torch.equal(*twice.values()):
+        raise ValueError(
+            f"checkpoint: expected {names.head}.weight to be {names.embedding}.weight, since "
+            f"config.json says that they are tied, got another matrix; correct config.json"
+        )
+    if shape.tied:
         loaded.add("head.weight")
     return loaded
+
+
+def _copy(model: Decoder, name: str, tensor: Tensor, place: Place) -> list[str]:
+    """Copy one tensor to its place; the names of the parameters that it belongs to."""
+    target, part = place
+    owner, _, leaf = target.rpartition(".")
+    try:
+        if isinstance(part, tuple):
+            cast(Experts, model.get_submodule(target)).load(tensor, *part)
+            return [f"{target}.gate_up", f"{target}.down"]
+        if leaf in ("weight", "bias"):
+            cast(Matrix, model.get_submodule(owner)).load(tensor, part, leaf)
+        else:
+            copy_exactly(model.get_parameter(target).data, tensor)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: tensor {name!r} of shape {tuple(tensor.shape)} does not fit the "
+            f"sizes in config.json ({error or 'shape mismatch'}); check config.json"
+        ) from error
+    return [target]

@@ -20,6 +20,7 @@ _MODULES = {
     "entropy": "entropy",
     "confident-random": "confident_random",
     "origin": "origin",
+    "ancestral": "ancestral",
     "eb": "eb",
     "pc": "pc",
     "threshold": "threshold",

@@ -37,6 +37,11 @@ class PolicyConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, for a policy with a field `preset`."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether the policy may mask again what it has written in a block."""
+        return False
+
     def paced(self) -> PolicyConfig:
         """The settings where the request says how many tokens a step writes."""
         return self

@@ -55,6 +55,11 @@ class CompositionConfig(RemaskingConfig):
             )
 
     @property
+    def rewrites(self) -> bool:
+        """With `remask`."""
+        return self.remask != "none"
+
+    @property
     def adapts(self) -> bool:
         """Whether a bound with partial rounds decides how many are written."""
         return self.commit == "rounds" or (self.commit is None and self.remask == "none")

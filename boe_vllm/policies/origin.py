@@ -42,14 +42,18 @@ class OriginPolicy(Policy[OriginConfig]):
     source = 'HKUNLP/Dream `generation_utils.py`, `alg="origin"`'
     passes = "1 forward; steps that reveal nothing are passed over"
 
+    def times(self, view: View) -> FloatArray:
+        """[S + 1] the grid, descending from 1."""
+        return np.linspace(1.0, self.config.eps, view.block_steps + 1)
+
     def step(self, view: View) -> Commit:
         """Commit the masks of the next grid step that reveals any."""
-        times = np.linspace(1.0, self.config.eps, view.block_steps + 1)
+        times = self.times(view)
         now = 0 if view.block_step == 0 else view.memory[GRID_STEP]
         reveal = reveal_steps(view.uniforms(randomness.CHOOSE), times, now)
         late = np.isneginf(view.confidence)
         if not late.all():  # what may not be committed early waits for the last step
-            reveal[late] = view.block_steps - 1
+            reveal[late] = len(times) - 2
         earliest = reveal.min()
         view.memory[GRID_STEP] = int(earliest) + 1
         return Commit(chosen=np.flatnonzero(reveal == earliest))

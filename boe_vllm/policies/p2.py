@@ -26,6 +26,11 @@ class P2Config(PolicyConfig):
     """Factor on the log-probabilities of written tokens: 0 never masks one again, more masks more.
     Default: that of `p2_sampling`."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Always."""
+        return True
+
 
 class P2Policy(Policy[P2Config]):
     """Score written and masked positions together and keep the best.

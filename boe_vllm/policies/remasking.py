@@ -90,8 +90,8 @@ class RemaskingRule:
 
     def rates(self, iteration: int, steps: int) -> Rates:
         """The rule's numbers in iteration `i` of `S`; the last one reveals everything."""
-        if iteration == steps - 1:
-            return Rates(alpha_t=iteration / steps, alpha_s=1.0, sigma=0.0, reveal=1.0)
+        if iteration >= steps - 1:  # later ones come only where not all of it could be written
+            return Rates(alpha_t=min(1.0, iteration / steps), alpha_s=1.0, sigma=0.0, reveal=1.0)
         t, s = (steps - iteration) / steps, (steps - iteration - 1) / steps
         if self.schedule != "loop":
             return self.between(iteration / steps, (iteration + 1) / steps)
@@ -173,6 +173,11 @@ class RemaskingConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         self.rule()
+
+    @property
+    def rewrites(self) -> bool:
+        """Always."""
+        return True
 
     def rule(self) -> RemaskingRule:
         """The rule with these settings."""

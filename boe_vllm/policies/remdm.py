@@ -52,7 +52,7 @@ class ReMDMPolicy(Policy[ReMDMConfig]):
                 view.seed, step=k, positions=view.positions, stream=randomness.CHOOSE
             )
             revealed = (draws < rates.reveal) & ~held
-            chosen = np.flatnonzero(revealed | (k == steps - 1))
+            chosen = np.flatnonzero(revealed | (k >= steps - 1))
             remask = self._remask(view, diary, view.written)
             diary.iteration = k + 1
         written = view.positions[chosen]

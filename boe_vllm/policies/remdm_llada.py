@@ -28,6 +28,11 @@ class ReMDMLLaDAConfig(PolicyConfig):
     """Tokens masked again in a step of the window. Default: that of the authors' Countdown runs
     (`remdm_number`)."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Always."""
+        return True
+
 
 class ReMDMLLaDAPolicy(Policy[ReMDMLLaDAConfig]):
     """Confidence order with a window in which the least sure tokens are written anew.
@@ -74,6 +79,8 @@ class ReMDMLLaDAPolicy(Policy[ReMDMLLaDAConfig]):
 
     def _quota(self, view: View, iteration: int, begin: int, end: int) -> int:
         """Tokens that an iteration outside the window reveals: LLaDA's quota of its turn."""
+        if iteration >= 2 * view.block_steps:  # not all of the last turn could be written
+            return len(view.positions)
         turn = iteration - max(0, min(iteration, end) - begin)
         masks, steps = view.block_masks, view.block_steps
         return masks // steps + (turn < masks % steps)

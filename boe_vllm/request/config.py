@@ -39,6 +39,9 @@ class FrameConfig:
     """Canvas length in tokens. Default: `max_tokens`, rounded up to whole blocks."""
     block_length: PositiveInt | None = None
     """Tokens per block; blocks are decoded left to right. Default: 32, or the canvas if shorter."""
+    canvas: Literal["fixed", "growing"] = "fixed"
+    """Whether the whole canvas is there from the start (LLaDA), or each block is appended once the
+    one before is done (iLLaDA), so that no later mask, and no later text, is seen."""
     steps: PositiveInt | None = None
     """Denoising steps for the whole canvas; must be a multiple of the number of blocks."""
     tokens_per_step: PositiveInt | None = None
@@ -65,6 +68,10 @@ class FrameConfig:
     """Commit proposed EOS and EoT last, and leave all other confidences as they are (ours)."""
     trace: bool = False
     """Return for every token its step, entropy, confidence and score at commit."""
+    stream_canvas: bool = False
+    """Send, beside the text of a stream, the canvas itself as it fills. Streams only."""
+    infill: bool = True
+    """Write the masks inside the prompt too. In a chat only if the request itself says so."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens_per_step is not None:
@@ -196,7 +203,7 @@ def _for_choices(
     given_text: GivenText, fields: Mapping[str, Any], base: SamplerConfig
 ) -> SamplerConfig:
     """The answers decide the canvas and its steps: few fields mean anything beside them."""
-    kept = {"cfg_scale": base.frame.cfg_scale, "trace": base.frame.trace}
+    kept = {name: getattr(base.frame, name) for name in ("cfg_scale", "infill", "trace")}
     for name in fields:
         if name not in kept:
             raise ValueError(

@@ -135,6 +135,11 @@ class GivenText:
             tokens += [mask_token_id] * piece if isinstance(piece, int) else piece
         return tokens
 
+    def places_of_text(self, mask_token_id: int) -> list[int]:
+        """Positions of an encoded template that hold its texts, counted from 0."""
+        tokens = self.template(mask_token_id) or []
+        return [n for n, token in enumerate(tokens) if token != mask_token_id]
+
     def answers(self) -> list[list[int]] | None:
         """Token ids of encoded answers."""
         if self.choices is None:

@@ -34,16 +34,32 @@ class EngineSettings:
     score_grid: Annotated[float, Field(gt=0)] | None = None
     """Round statistics to multiples of this before policies compare them, for tensor parallelism
     across unlike hardware. Default: no rounding."""
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    """Token that stands for "not written yet". Default: the one that config.json or the tokenizer
+    names."""
     default_max_tokens: PositiveInt = 256
     """Tokens of a canvas where a request gives neither `max_tokens` nor a length of its own."""
     default_seed: Seed | None = None
     """Seed of requests that give none. Default: a fresh one for each."""
+    grammar_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Seconds that the automaton of a request's grammar may take to make."""
+    watch: bool = False
+    """Serve the page `/watch`, on which one sees canvases fill."""
+    max_canvas_rate: Annotated[float, Field(gt=0, le=1000)] = 20.0
+    """Most snapshots of a canvas in a second, for requests with `stream_canvas`."""
+    watchdog_interval_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Seconds between two questions to the engine whether it still takes requests, which `/health`
+    tells; 0 asks none."""
+    watchdog_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Seconds after which an engine that has not answered is not healthy; a step may take long."""
     max_gen_length: PositiveInt | None = None
     """Tokens of a canvas. Default: what the model's context leaves."""
     max_steps: PositiveInt = 16_384
     """Denoising steps of a request."""
     max_lookahead_rows: PositiveInt = 65_536
     """Rows that a request's policy may ask for in one step, beyond the step's own forward."""
+    max_infill: PositiveInt = 4_096
+    """Masks of a prompt that are written."""
     max_trace_length: PositiveInt = 16_384
     """Tokens of a canvas whose trace may be asked for."""
 
@@ -89,6 +105,7 @@ _LIMITS = {
         "rows of look-ahead in a step",
         "look ahead less, or lower block_length",
     ),
+    "prompt": ("max_infill", "masks to write", "remove some, or set infill to false"),
     "trace": ("max_trace_length", "tokens of canvas with a trace", "remove it or lower gen_length"),
 }
 

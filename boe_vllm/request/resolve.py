@@ -15,7 +15,8 @@ import numpy as np
 
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
-from boe_vllm.request.given_text import Encode
+from boe_vllm.request.facts import ModelFacts
+from boe_vllm.request.grammar import Grammar, under_grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
@@ -45,19 +46,8 @@ class SamplingFields:
     """Each in tokens."""
     stop_token_ids: Collection[int] = ()
     """Every token that ends the request, the end of text included."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """What resolving a request needs to know of the model."""
-
-    vocab_size: int
-    max_model_len: int
-    """Tokens of prompt and canvas together."""
-    mask_token_id: int
-    eos_token_id: int
-    encode: Encode | None = None
-    """Token ids of a text, without special tokens; None where there is no tokenizer."""
+    grammar: Grammar | None = None
+    """What the output must be."""
 
 
 def resolve(
@@ -96,11 +86,11 @@ def resolve(
     )
     server.limits.check("gen_length", plan.gen_length)
     server.limits.check("trace", plan.gen_length * config.frame.trace)
+    infill = _masks_to_write(prompt, config, server.limits, model)
     if given.choices is not None:
-        _check_choices(config, prompt, sampling, model.mask_token_id)
+        _check_choices(config, infill, sampling, model.mask_token_id)
     # Only now is the template known to fit.
-    template = np.array(given.template(model.mask_token_id) or [], np.int64)
-    texts = np.flatnonzero(template != model.mask_token_id).tolist()
+    texts = given.places_of_text(model.mask_token_id)
     text_end = texts[-1] + 1 if texts else 0
     max_tokens = _max_tokens(config, plan, sampling, own=fields.get("gen_length") is not None)
     request = ResolvedRequest(
@@ -116,9 +106,19 @@ def resolve(
         text_end=text_end,
         rows=(len(prompt) + plan.gen_length) * _passes(config),
     )
-    masks = plan.masks_by_block(texts, infill=list(prompt).count(model.mask_token_id))
-    ahead = _check_work(request, masks, server.limits, model.eos_token_id)
-    return dataclasses.replace(request, rows_ahead=ahead)
+    masks = plan.masks_by_block(texts, infill=infill)
+    ahead = _check_work(request, masks, server.limits, model)
+    request = dataclasses.replace(request, rows_ahead=ahead)
+    return under_grammar(sampling.grammar, request, model, server.limits.grammar_timeout_s)
+
+
+def _masks_to_write(
+    prompt: Sequence[int], config: SamplerConfig, limits: EngineSettings, model: ModelFacts
+) -> int:
+    """Masks of the prompt that the request wants written."""
+    masks = list(prompt).count(model.mask_token_id) * config.frame.infill
+    limits.check("prompt", masks)
+    return masks
 
 
 def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
@@ -127,6 +127,12 @@ def _check_prompt(prompt: Sequence[int], model: ModelFacts) -> None:
         raise ValueError(
             f"prompt: expected less than the {model.max_model_len} tokens that the context holds, "
             f"got {len(prompt)}; shorten it"
+        )
+    if model.shift and (not prompt or prompt[0] == model.mask_token_id):
+        raise ValueError(
+            "prompt: expected a token before the first mask, since this model predicts a position "
+            "from the one before it, got none; begin the prompt with some text or the tokenizer's "
+            "beginning of text"
         )
 
 
@@ -163,7 +169,7 @@ def _passes(config: SamplerConfig) -> int:
 
 
 def _check_work(
-    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, eos_token_id: int
+    request: ResolvedRequest, masks: Sequence[int], limits: EngineSettings, model: ModelFacts
 ) -> int:
     """Refuse too many steps and too much look-ahead; most rows of look-ahead in one step.
 
@@ -171,15 +177,20 @@ def _check_work(
         request: resolved otherwise.
         masks: masked positions of each block before its first step.
         limits: the server's.
-        eos_token_id: id of EOS.
+        model: what will decode it.
     """
     config, plan = request.config, request.plan
-    policy = request.policy(eos_token_id)
+    policy = request.policy(model.eos_token_id)
     limits.check("steps", sum(policy.step_limit(m, plan.steps_for(m)) for m in masks))
     length = request.prompt_len + plan.gen_length
-    ahead = _passes(config) * max(
-        policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
-        for m in set(masks)
+    # A supposition runs the rows at which its positions are read as well: at most one for each.
+    ahead = (
+        (1 + model.shift)
+        * _passes(config)
+        * max(
+            policy.rows_ahead(masks=m, quota=_most_due(config, plan, m), length=length)
+            for m in set(masks)
+        )
     )
     limits.check("policy", ahead)
     return ahead
@@ -199,9 +210,7 @@ _NEUTRAL_FOR_CHOICES: dict[str, Any] = {
 }
 
 
-def _check_choices(
-    config: SamplerConfig, prompt: Sequence[int], sampling: SamplingFields, mask: int
-) -> None:
+def _check_choices(config: SamplerConfig, infill: int, sampling: SamplingFields, mask: int) -> None:
     for name, neutral in _NEUTRAL_FOR_CHOICES.items():
         value = getattr(sampling, name)
         if value != neutral and not (neutral is not None and not value):
@@ -209,7 +218,7 @@ def _check_choices(
                 f"{name}: expected none beside choices, got {shown(value)}; remove one of them"
             )
     answers = config.given_text.answers() or []
-    if mask in prompt or any(mask in answer for answer in answers):
+    if infill or any(mask in answer for answer in answers):
         raise ValueError(
             "choices: expected no masks in the prompt and the answers, got some; remove them"
         )

@@ -18,6 +18,7 @@ from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.config import CHOICES, FrameConfig, SamplerConfig, ServerConfig
 from boe_vllm.request.given_text import GivenText
 from boe_vllm.request.plan import CanvasPlan
+from boe_vllm.sampling.automaton import TokenAutomaton
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 
@@ -50,6 +51,11 @@ class ResolvedRequest:
     rows_ahead: int = 0
     """Most rows that the policy's queries compute in one step."""
 
+    @property
+    def logprobs_per_row(self) -> int:
+        """Most likely tokens that a pass must report per row; 0 if no log-probabilities are."""
+        return self.logprobs * max(1, self.top_logprobs)
+
     def policy(self, eos_token_id: int) -> Policy:
         """What decodes the request.
 
@@ -69,7 +75,10 @@ class ResolvedRequest:
         for name in (*_CONFIGS, "settings"):
             wire[name] = dataclasses.asdict(getattr(self.config, name))
         wire["plan"] = dataclasses.asdict(self.plan)
-        wire["constraints"] = _to_plain(dataclasses.asdict(self.constraints))
+        constraints, grammar = self.constraints, self.constraints.grammar
+        plain = dataclasses.replace(constraints, grammar=None)
+        wire["constraints"] = _to_plain(dataclasses.asdict(plain))
+        wire["grammar"] = None if grammar is None else grammar.to_text()
         return wire
 
     @classmethod
@@ -86,7 +95,7 @@ class ResolvedRequest:
                 settings=options.restore(settings_class, wire["settings"]),
             ),
             plan=CanvasPlan(**wire["plan"]),
-            constraints=_constraints(wire["constraints"]),
+            constraints=_constraints(wire["constraints"], wire["grammar"]),
             **{name: wire[name] for name in _PLAIN},
         )
 
@@ -115,7 +124,7 @@ def _to_plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _constraints(wire: Mapping[str, Any]) -> TokenConstraints:
+def _constraints(wire: Mapping[str, Any], grammar: str | None) -> TokenConstraints:
     everywhere = dict(wire["everywhere"])
     for name in ("allowed_token_ids", "banned_token_ids", "biased_token_ids"):
         if everywhere[name] is not None:
@@ -126,4 +135,5 @@ def _constraints(wire: Mapping[str, Any]) -> TokenConstraints:
         min_tokens=wire["min_tokens"],
         stop_token_ids=tuple(wire["stop_token_ids"]),
         bad_words=tuple(tuple(word) for word in wire["bad_words"]),
+        grammar=None if grammar is None else TokenAutomaton.from_text(grammar),
     )

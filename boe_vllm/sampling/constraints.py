@@ -1,14 +1,9 @@
-"""What a request lets be written: edits of logits, filters of a draw, and where each of them holds.
+"""What a request lets be written: edits of logits, and filters of a draw.
 
-vLLM's fields on a canvas that is written in any order: `logit_bias`, `allowed_token_ids` and
-`bad_words` of one token hold at every masked position; `min_tokens` forbids the tokens that end a
-request at the canvas positions below it; a bad word of several tokens forbids, at each position,
-the token that would complete it there; `top_k`, `top_p` and `min_p` restrict draws.
+Where each of them holds on a canvas is in `sampling.canvas_constraints`; the order of operations is
+listed in `sampling.statistics`.
 
-The order of operations is listed in `sampling.statistics`.
-
-Legend: `L` positions of prompt and canvas, `M` some masked positions, `R` logit rows, `r` those of
-one constraint, `V` vocabulary.
+Legend: `R` logit rows, `r` those of one constraint, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +16,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
+from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import to_device
+from boe_vllm.sampling.automaton import TokenAutomaton
 
 Tensor = torch.Tensor
 
@@ -177,12 +173,15 @@ class TokenConstraints:
     """Tokens that end the request."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of two or more tokens that may not come about."""
+    grammar: TokenAutomaton | None = None
+    """What the whole output must be; no bad words of several tokens beside it."""
 
     @property
     def any(self) -> bool:
         """Whether anything is constrained."""
         edits = self.everywhere.edits or self.everywhere.filters
-        return edits or self.min_tokens > 0 or bool(self.bad_words)
+        ordered = bool(self.bad_words) or self.grammar is not None
+        return edits or self.min_tokens > 0 or ordered
 
     def tokens_left(self, vocab_size: int, mask_token_id: int) -> int:
         """Tokens left at the position with the fewest, before any bad word of several tokens."""
@@ -195,106 +194,3 @@ class TokenConstraints:
         if self.min_tokens:
             left[list(self.stop_token_ids)] = False
         return int(left.sum())
-
-
-class CanvasConstraints:
-    """The constraints of one request at the positions of its canvas."""
-
-    def __init__(
-        self,
-        constraints: TokenConstraints,
-        prompt_len: int,
-        *,
-        never: int | None = None,
-        discounted: tuple[int, ...] = (),
-    ) -> None:
-        """Work out what follows from the request's constraints.
-
-        Args:
-            constraints: the request's.
-            prompt_len: where its canvas begins.
-            never: a token that is banned everywhere.
-            discounted: tokens that are left out of the others' confidences.
-        """
-        self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
-        self.any = constraints.any or never is not None or bool(discounted)
-        self.always = constraints.everywhere
-        if never is not None:
-            self.always = self.always.banning([never])
-        if discounted:
-            ids = np.array(discounted)
-            self.always = dataclasses.replace(self.always, discounted_token_ids=ids)
-        if not constraints.any:
-            self.always = of_special_tokens(never, discounted)
-        self.early = self.always.banning(constraints.stop_token_ids)
-        self.early_positions = range(prompt_len, prompt_len + constraints.min_tokens)
-
-    @property
-    def depends_on_tokens(self) -> bool:
-        """Whether a write changes the constraints of other positions."""
-        return bool(self.bad_words)
-
-    def at(
-        self, tokens: IntArray, masked: BoolArray, positions: IntArray
-    ) -> list[Constraint] | None:
-        """[M] the constraint at each of some positions; None if none holds anywhere.
-
-        Args:
-            tokens: [L] of the sequence.
-            masked: [L] what is still to be written.
-            positions: [M] which are asked about.
-        """
-        if not self.any:
-            return None
-        completing = self._completing(tokens, masked)
-        found = []
-        for position in positions.tolist():
-            constraint = self.early if position in self.early_positions else self.always
-            if position in completing:
-                constraint = constraint.banning(completing[position])
-            found.append(constraint)
-        return found
-
-    def standing(
-        self, tokens: IntArray, masked: BoolArray, positions: IntArray, writes: IntArray
-    ) -> BoolArray:
-        """[b] which writes of one step stand, in their order, so that none completes a bad word
-        together with those before it. The constraints see to it that the first one stands.
-
-        Raises:
-            ValueError: for a write that is forbidden, which happens where nothing is permitted.
-        """
-        stand = np.ones(len(positions), bool)
-        constraints = self.at(tokens, masked, positions)
-        if constraints is None:
-            return stand
-        for position, token, constraint in zip(positions, writes, constraints, strict=True):
-            if not constraint.permits(int(token)):
-                raise ValueError(
-                    f"position {position}: expected a token that may be written, found none; "
-                    f"loosen allowed_token_ids, bad_words or min_tokens"
-                )
-        if not self.bad_words:
-            return stand
-        tokens, masked = tokens.copy(), masked.copy()
-        for n, (position, token) in enumerate(zip(positions, writes, strict=True)):
-            if int(token) in self._completing(tokens, masked).get(int(position), ()):
-                stand[n] = False
-                continue
-            tokens[position], masked[position] = token, False
-        return stand
-
-    def _completing(self, tokens: IntArray, masked: BoolArray) -> dict[int, set[int]]:
-        """Tokens that would complete a bad word, by masked position."""
-        found: dict[int, set[int]] = {}
-        for word in self.bad_words:
-            windows = len(tokens) - len(word) + 1
-            if windows < 1:
-                continue
-            places = np.arange(windows)[:, None] + np.arange(len(word))
-            differs = masked[places] | (tokens[places] != word)
-            for start in np.flatnonzero(differs.sum(-1) == 1).tolist():
-                offset = int(differs[start].argmax())
-                if masked[start + offset]:
-                    found.setdefault(start + offset, set()).add(int(word[offset]))
-        return found

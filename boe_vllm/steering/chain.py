@@ -14,8 +14,8 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
-from boe_vllm.steering.hypothetical import run_guided
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
+from boe_vllm.steering.supposed import Supposition, run_suppositions, suppose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,8 @@ class Conditional(Query[Conditioned]):
     """The predictions of some masked positions once others are written, all else frozen.
 
     What may be written there is what the request's constraints say of the supposed tokens. Costs
-    one forward of `w + q` rows.
+    one forward of `w + q` rows, and of those at which the queried ones are read, where these are
+    others.
     """
 
     written: IntArray
@@ -54,9 +55,10 @@ class Conditional(Query[Conditioned]):
         cls, current: DenoisingPass, queries: Sequence[tuple[int, Conditional]]
     ) -> list[QueryResult[Conditioned]]:
         """Run the rows of all queries in one partial pass."""
-        statistics = _predict(current, queries)
+        supposed = [_supposition(current, s, query) for s, query in queries]
+        statistics = _predict(current, queries, supposed)
         results, start = [], 0
-        for s, query in queries:
+        for (s, query), states in zip(queries, supposed, strict=True):
             own = slice(start, start + len(query.queried))
             start = own.stop
             passes = current.passes(s)
@@ -68,31 +70,35 @@ class Conditional(Query[Conditioned]):
                         entropy=statistics.entropy[own],
                     ),
                     forwards=passes,
-                    rows_forward=passes * (len(query.written) + len(query.queried)),
+                    rows_forward=passes * states.size,
                 )
             )
         return results
 
 
-def _predict(current: DenoisingPass, queries: Sequence[tuple[int, Conditional]]) -> RowStatistics:
-    """Statistics of the queried rows, query by query."""
-    mask = current.log_probs.mask_token_id
-    rows, tokens, read, numbers = [], [], [], []
-    first = 0
-    for s, query in queries:
-        own = np.concatenate([query.written, query.queried])
-        rows.append(own[None, :])
-        tokens.append(np.concatenate([query.tokens, np.full(len(query.queried), mask)]))
-        read.append(first + len(query.written) + np.arange(len(query.queried)))
-        numbers.append(_supposed_constraints(current, s, query))
-        first += len(own)
-    transfer = Transfer(current.device)
-    wanted = transfer.add(np.concatenate(read))
-    sequences = [s for s, _ in queries]
-    hidden = run_guided(current, sequences, rows, np.concatenate(tokens), transfer)
+def _supposition(current: DenoisingPass, s: int, query: Conditional) -> Supposition:
+    """The one state of a query."""
+    return suppose(
+        current,
+        s,
+        own=np.concatenate([query.written, query.queried]),
+        written=np.arange(len(query.written))[None, :],
+        tokens=query.tokens[None, :],
+        read=query.queried,
+    )
+
+
+def _predict(
+    current: DenoisingPass,
+    queries: Sequence[tuple[int, Conditional]],
+    supposed: Sequence[Supposition],
+) -> RowStatistics:
+    """Statistics of the queried positions, query by query."""
+    numbers = [_supposed_constraints(current, s, query) for s, query in queries]
+    hidden = run_suppositions(current, supposed, Transfer(current.device))
     counts = [len(query.queried) for _, query in queries]
     return read_statistics(
-        current.log_probs.of(hidden[wanted.tensor], np.concatenate(numbers)),
+        current.log_probs.of(hidden, np.concatenate(numbers)),
         RowWrites(
             temperature=np.repeat([query.temperature for _, query in queries], counts),
             uniform=np.concatenate([query.uniform for _, query in queries]),

@@ -26,8 +26,8 @@ import torch
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
 from boe_vllm.models.functional import accurate
-from boe_vllm.steering.hypothetical import run_guided
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
+from boe_vllm.steering.supposed import Supposition, run_suppositions, suppose
 
 Tensor = torch.Tensor
 Estimator = Literal["exact", "pairs", "attention", "overlap"]
@@ -87,14 +87,12 @@ class Attention(Query[FloatArray]):
     ) -> list[QueryResult[FloatArray]]:
         """Read off the step's own pass."""
         assert current.saved is not None
-        transfer, heads = Transfer(current.device), current.model.config.n_heads
-        indices = [
-            (
-                transfer.add(current.saved_rows(current.place(s), query.index)),
-                transfer.add(query.index),
-            )
-            for s, query in queries
-        ]
+        transfer, heads = Transfer(current.device), current.model.config.shape().heads
+        indices = []
+        for s, query in queries:
+            place = current.place(s)
+            read = current.saved_rows(place, current.read_rows(place, query.index))
+            indices.append((transfer.add(read), transfer.add(query.index)))
         means = []
         for (s, query), (rows, columns) in zip(queries, indices, strict=True):
             last = max(1, round(query.layers * len(current.saved.layers)))
@@ -118,27 +116,11 @@ def _measured(
 
     In "exact" all masked rows of the block are run again, in "pairs" the pool's rows alone.
     """
-    rows, tokens, read = [], [], []
-    first = 0
-    for s, query in queries:
-        many, own = len(query.pool), query.pool
-        if query.estimator == "exact":
-            own = np.arange(len(current.sequences[s].logit_positions))
-        states = np.tile(own, (many, 1))
-        ids = np.full(states.shape, current.log_probs.mask_token_id)
-        columns = np.searchsorted(own, query.pool)
-        ids[np.arange(many), columns] = query.tokens
-        rows.append(states)
-        tokens.append(ids.ravel())
-        read.append(first + (np.arange(many)[:, None] * len(own) + columns[None, :]).ravel())
-        first += states.size
-    transfer = Transfer(current.device)
-    wanted = transfer.add(np.concatenate(read))
-    sequences = [s for s, _ in queries]
-    hidden = run_guided(current, sequences, rows, np.concatenate(tokens), transfer)
-    changes = _changes(current, hidden[wanted.tensor], queries)
+    supposed = [_supposition(current, s, query) for s, query in queries]
+    hidden = run_suppositions(current, supposed, Transfer(current.device))
+    changes = _changes(current, hidden, queries)
     results, start = [], 0
-    for (s, query), states in zip(queries, rows, strict=True):
+    for (s, query), states in zip(queries, supposed, strict=True):
         many = len(query.pool)
         directed = changes[query.measure][start : start + many * many].reshape(many, many)
         start += many * many
@@ -149,6 +131,26 @@ def _measured(
             QueryResult(value=matrix, forwards=passes, rows_forward=passes * states.size)
         )
     return results
+
+
+def _supposition(current: DenoisingPass, s: int, query: Coupling) -> Supposition:
+    """One state for each member of the pool, with its proposal written."""
+    own = query.pool
+    if query.estimator == "exact":
+        own = np.arange(len(current.sequences[s].logit_positions))
+    return suppose(
+        current,
+        s,
+        own=own,
+        written=_places_in(own, query.pool)[:, None],
+        tokens=query.tokens[:, None],
+        read=query.pool,
+    )
+
+
+def _places_in(values: IntArray, wanted: IntArray) -> IntArray:
+    order = np.argsort(values)
+    return order[np.searchsorted(values, wanted, sorter=order)]
 
 
 def _changes(
@@ -183,10 +185,11 @@ def _read_off(
 ) -> list[QueryResult[FloatArray]]:
     """ "attention" and "overlap": with one read for all queries."""
     transfer = Transfer(current.device)
-    indices = [
-        (transfer.add(current.saved_rows(current.place(s), query.pool)), transfer.add(query.pool))
-        for s, query in queries
-    ]
+    indices = []
+    for s, query in queries:
+        place = current.place(s)
+        read = current.read_saved_rows(place, query.pool)
+        indices.append((transfer.add(read), transfer.add(query.pool)))
     found = []
     for (s, query), (rows, columns) in zip(queries, indices, strict=True):
         found.append(_attention_between(current, s, rows.tensor, columns.tensor))
@@ -217,7 +220,7 @@ def _attention_between(
     Args:
         current: the step's pass, with what it saved.
         s: the sequence.
-        rows_C: saved rows of the pool.
+        rows_C: saved rows at which the pool is read.
         columns_C: the pool's places among the sequence's key rows.
         last: layers that count, from the end; 0 for all.
     """

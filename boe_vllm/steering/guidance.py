@@ -49,7 +49,8 @@ class Guidance:
 
     def unconditional(self, rows: SequenceRows, mask_token_id: int) -> SequenceRows:
         """The same rows of the sequence without its prompt."""
-        return dataclasses.replace(rows, tokens=np.where(self.given, mask_token_id, rows.tokens))
+        given = self.given[: len(rows.tokens)]
+        return dataclasses.replace(rows, tokens=np.where(given, mask_token_id, rows.tokens))
 
 
 def with_unconditional(

@@ -16,12 +16,12 @@ import torch
 from boe_vllm.attention.overlay import Overlay, OverlayGroup, group_overlays, overlay_attention
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Arrival, Transfer, to_device
-from boe_vllm.models.decoder import Decoder
-from boe_vllm.models.functional import chosen_rows, rms_norm
+from boe_vllm.models.contract import DenoisingNetwork
+from boe_vllm.models.functional import chosen_rows
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedPass
 from boe_vllm.sampling.log_probs import LogProbabilities
-from boe_vllm.steering.guidance import Place, combined
+from boe_vllm.steering.guidance import Place
 from boe_vllm.steering.replaced import ReplacedKeys, replace_keys, replaced_attention
 from boe_vllm.steering.step import DenoisingPass
 
@@ -42,7 +42,7 @@ def soft_writes(
         sharpen_C: [C] below 1, `pi^(1/sharpen)`, renormalised, takes the place of `pi`.
         transfer: what takes these to the device.
     """
-    model: Decoder = log_probs.model  # type: ignore[assignment]
+    model: DenoisingNetwork = log_probs.model  # type: ignore[assignment]
     transfer = transfer or Transfer(log_probs.device)
     dtype = torch.promote_types(log_probs.hidden_RD.dtype, torch.float32)
     powers = transfer.add(1 / sharpen_C, dtype)
@@ -59,12 +59,13 @@ def soft_writes(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class States:
-    """Hypothetical states of one place, all over equally many of its masked positions."""
+    """Hypothetical states of one place, all over equally many of its rows."""
 
     place: Place
     """Of the step's pass."""
     rows: IntArray
-    """[N, m] per state, indices into the sequence's masked positions: the rows that are run."""
+    """[N, m] per state, the rows that are run, by their number at the place: a masked position's
+    own is its index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ def run_partial(
     normed: Tensor | None = model.norm_first(x_QD)
     for index, (block, saved) in enumerate(zip(model.layers, current.saved.layers, strict=True)):
         assert normed is not None
-        q, k, v = block.project(normed, rotary)
+        q, k, v, _ = block.project(normed, rotary)
         if observe is not None:
             observe(index, k, v)
         if index == last and not final:
@@ -146,44 +147,7 @@ def run_partial(
             mixed = overlay_attention(*given, groups=rows.groups, scale=block.scale)
         after, normed = block.attend(x, mixed)
         x, normed, _ = block.feed(after, normed, model.norm_after(index))
-    return rms_norm(x, model.ln_f, model.config.rms_norm_eps)
-
-
-def run_guided(
-    current: DenoisingPass,
-    sequences: Sequence[int],
-    rows: Sequence[IntArray],
-    tokens_Q: IntArray,
-    transfer: Transfer,
-) -> Tensor:
-    """[Q, D] final states of hypothetical states of some sequences, guided where they are.
-
-    Args:
-        current: the step's pass.
-        sequences: of it.
-        rows: for each, as in `States.rows`.
-        tokens_Q: what the rows are supposed to hold, packed in this order.
-        transfer: what takes all this to the device.
-    """
-    states = [
-        States(place=current.place(s), rows=own) for s, own in zip(sequences, rows, strict=True)
-    ]
-    pairs = [n for n, s in enumerate(sequences) if s in current.unconditional]
-    copies = [States(place=current.unconditional[sequences[n]], rows=rows[n]) for n in pairs]
-    lens = [own.size for own in rows]
-    pieces = np.split(tokens_Q, np.cumsum(lens)[:-1])
-    tokens = transfer.add(np.concatenate([tokens_Q, *(pieces[n] for n in pairs)]))
-    packed = announce(current, [*states, *copies], transfer)
-    hidden = run_partial(current, packed, current.model.embed(tokens.tensor))
-    assert hidden is not None
-    if not pairs:
-        return hidden
-    found = list(hidden.split(lens + [lens[n] for n in pairs]))
-    for copy, n in enumerate(pairs, len(states)):
-        guide = current.guide(sequences[n])
-        assert guide is not None
-        found[n] = combined(found[n], found[copy], guide)
-    return torch.cat(found[: len(states)])
+    return model.norm_last(x)
 
 
 # ---- what a write changes ------------------------------------------------------------------------

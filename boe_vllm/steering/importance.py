@@ -49,7 +49,8 @@ class TokenImportance(Query[FloatArray]):
     objective: IntArray
     """[O] indices into `View.positions` whose entropies are summed."""
     active: IntArray | None
-    """Indices into `View.positions` whose attention passes a gradient (eq. 30); None: every row."""
+    """Indices into `View.positions` whose rows, own and read, pass a gradient through attention
+    (eq. 30); None: every row."""
     surrogate: Surrogate
     """Where the entropy is linearised: at the masks, at all soft writes, or as `response` says."""
     context: Context = "frozen"
@@ -151,9 +152,8 @@ def _second_pass(
     if any(layout.frozen_lens):
         assert first.saved is not None
         context = FrozenRows(first.saved, layout, [member.place for member in members])
-    starts = zip(layout.live_starts, members, strict=True)
-    written = np.concatenate([start + m.query.candidates for start, m in starts])
-    (index,) = to_device([written], first.device)
+    written = [layout.live_starts[n] + m.query.candidates for n, m in enumerate(members)]
+    (index,) = to_device([np.concatenate(written)], first.device)
     x = model.embed(layout.tokens).clone()
     x[index] = soft_CD
     hidden, saved = model.run(x, layout, context)
@@ -180,11 +180,11 @@ def _relaxed_rows(first: DenoisingPass, s: int, query: TokenImportance) -> Seque
     rows = first.sequences[s]
     live, outside = rows.live_positions, rows.frozen_rows
     if query.context == "frozen":
-        live = rows.logit_positions
+        live = rows.kept_positions
         outside = first.layout.attention.kv_seqlens[first.place(s)] - len(live)
-    return SequenceRows(
-        tokens=rows.tokens,
-        logit_positions=rows.logit_positions,
+    return dataclasses.replace(
+        rows,
+        extra_positions=np.empty(0, np.int64),
         keep="all" if query.active is None else "masked",
         live_positions=live,
         frozen_rows=outside,
@@ -198,7 +198,7 @@ class _Named:
     candidates: Arrival
     """[C] saved rows."""
     objective: Arrival
-    """[O] saved rows."""
+    """[O] saved rows at which the objective is read."""
     weights: Arrival
     """[O] of the rows' logits in those that are read, in float32 or better."""
     active: Arrival | None
@@ -208,7 +208,7 @@ class _Named:
 def _announce(current: DenoisingPass, members: Sequence[Member], transfer: Transfer) -> _Named:
     """Find the rows, and announce them to the device."""
     candidates = [current.saved_rows(m.place, m.query.candidates) for m in members]
-    objective = [current.saved_rows(m.place, m.query.objective) for m in members]
+    objective = [current.read_saved_rows(m.place, m.query.objective) for m in members]
     dtype = current.log_probs.hidden_RD.dtype
     active = _active_rows(current, members)
     return _Named(
@@ -226,11 +226,11 @@ def _weights(members: Sequence[Member]) -> FloatArray:
 def _active_rows(current: DenoisingPass, members: Sequence[Member]) -> FloatArray:
     active = np.zeros((sum(current.layout.saved_lens), 1, 1))
     for member in members:
-        start = current.layout.saved_starts[member.place]
-        if member.query.active is None:
-            active[start : start + current.layout.saved_lens[member.place]] = 1
-        else:
-            active[start + member.query.active] = 1
+        start, chosen = current.layout.saved_starts[member.place], member.query.active
+        rows: slice | list[int] = slice(start, start + current.layout.saved_lens[member.place])
+        if chosen is not None:
+            rows = [*start + chosen, *current.read_saved_rows(member.place, chosen)]
+        active[rows] = 1
     return active
 
 

@@ -21,7 +21,7 @@ import torch
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import to_device
 from boe_vllm.models.cache import CachedRows
-from boe_vllm.models.rows import RowLayout, SequenceRows, pack
+from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites, read_statistics
@@ -172,7 +172,7 @@ def states_of(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -
         elif query.observe == "all":
             elsewhere = np.setdiff1d(np.arange(len(tokens)), now.logit_positions[still])
         if live is not None:
-            elsewhere = np.intersect1d(elsewhere, live)
+            elsewhere = readable(elsewhere, live, now.shift)
         yield State(
             query=n,
             sequence=sequence,
@@ -182,6 +182,7 @@ def states_of(current: DenoisingPass, n: int, sequence: int, query: Lookahead) -
                 extra_positions=elsewhere,
                 live_positions=live,
                 frozen_rows=frozen,
+                shift=now.shift,
             ),
             index=still,
             written=written if query.tokens is None else written[:0],

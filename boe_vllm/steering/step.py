@@ -11,11 +11,11 @@ import torch
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.base.clock import Clock
 from boe_vllm.models.cache import CachePlan, KeyValuePool
-from boe_vllm.models.decoder import Decoder
+from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.rows import RowLayout, SequenceRows
 from boe_vllm.models.saved import SavedPass
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.constraint_table import ConstraintTable
-from boe_vllm.sampling.constraints import CanvasConstraints
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Guidance, Place
 
@@ -86,7 +86,7 @@ class DenoisingPass:
     the last step's look-ahead are the last sequences and have no place; `place` says so.
     """
 
-    model: Decoder
+    model: DenoisingNetwork
     sequences: tuple[SequenceRows, ...]
     """Of each request; those of the carried were not computed."""
     layout: RowLayout
@@ -143,13 +143,23 @@ class DenoisingPass:
         """Packed logit rows of a sequence's masked positions given by index."""
         return self.layout.logit_starts[self.place(sequence)] + index
 
-    def saved_rows(self, place: Place, index: IntArray) -> IntArray:
-        """Packed saved rows of the same at a place: its saved rows begin with its logit rows."""
-        return self.layout.saved_starts[place] + index
+    def read_rows(self, place: Place, index: IntArray) -> IntArray:
+        """Rows of a place, counted from its first, at which masked positions given by index are
+        read: their own, or those of the positions before them (`models.rows`)."""
+        return self.layout.read_rows[place][index]
 
-    def key_rows(self, place: Place, index: IntArray) -> IntArray:
-        """Rows of keys and values of the same: a place's keys begin with its logit rows."""
-        return self.layout.attention.kv_starts[place] + index
+    def read_saved_rows(self, place: Place, index: IntArray) -> IntArray:
+        """Packed saved rows of the same."""
+        return self.saved_rows(place, self.read_rows(place, index))
+
+    def saved_rows(self, place: Place, rows: IntArray) -> IntArray:
+        """Packed saved rows of a place by their number there: first come the masked positions'
+        own, by index, then the others at which these are read."""
+        return self.layout.saved_starts[place] + rows
+
+    def key_rows(self, place: Place, rows: IntArray) -> IntArray:
+        """Rows of keys and values of the same: a place's keys begin with its saved rows."""
+        return self.layout.attention.kv_starts[place] + rows
 
     def constraint_numbers(self, sequence: int, tokens: IntArray, positions: IntArray) -> IntArray:
         """[N] numbers, in `table`, of what may be written at some positions of a sequence.

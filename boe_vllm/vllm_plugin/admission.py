@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import VLLM_EXTRA_ARGS
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.given_text import Encode
+from boe_vllm.request.grammar import Vocabulary
 from boe_vllm.request.limits import ServerSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.vllm_plugin.grammars import grammar_of, vocabulary_of
 from boe_vllm.vllm_plugin.transport import check_transport, refusal
 
 if TYPE_CHECKING:
@@ -41,15 +44,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
     "logprob_token_ids": (None,),
-    "structured_outputs": (None,),
     "trace_decode_token_ids": (None,),
     "thinking_token_budget": (None,),
 }
-_INSTEAD = {
-    "structured_outputs": "; no grammar can follow tokens that are written in any order: send "
-    "canvas_template or choices in vllm_xargs instead",
-    "prompt_logprobs": "; echo asks for it too: in a chat always, elsewhere together with logprobs",
-}
+_INSTEAD = {"prompt_logprobs": "; echo asks for it too (in a completion, beside logprobs)"}
 
 
 # ---- the server --------------------------------------------------------------------------------
@@ -72,7 +70,9 @@ def model_facts(model_config: ModelConfig) -> ModelFacts:
         max_model_len=model_config.max_model_len,
         mask_token_id=model_config.hf_config.mask_token_id,
         eos_token_id=model_config.hf_config.eos_token_id,
+        shift=model_config.hf_config.shift,
         encode=_encoder(model_config),
+        vocabulary=_vocabulary(model_config),
     )
 
 
@@ -81,6 +81,13 @@ def _encoder(model_config: ModelConfig) -> Encode | None:
         return None
     tokenizer = cached_tokenizer_from_config(model_config)
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def _vocabulary(model_config: ModelConfig) -> Callable[[], Vocabulary] | None:
+    if model_config.skip_tokenizer_init:
+        return None
+    tokenizer, size = cached_tokenizer_from_config(model_config), model_config.get_vocab_size()
+    return lambda: vocabulary_of(tokenizer, size)
 
 
 # ---- a request ---------------------------------------------------------------------------------
@@ -113,8 +120,16 @@ def resolve_early(prompt: Any, params: Any, processor: InputProcessor) -> Any:
     _refuse_what_would_be_ignored(params)
     check_transport(params)
     own = params.clone()
+    grammar, own.structured_outputs = own.structured_outputs, None  # vLLM's backends see none
     _process_as_vllm_will(own, len(token_ids), processor)
+    own.structured_outputs = grammar
     resolved = _resolve(token_ids, own, config)
+    if resolved.config.frame.stream_canvas and own.output_kind != RequestOutputKind.DELTA:
+        raise VLLMValidationError(
+            "stream_canvas: expected a stream beside it, got a request for one response; set "
+            "stream to true, or remove it",
+            parameter="stream_canvas",
+        )
     _complete(own, resolved)
     check_transport(own)
     # The next stage finds the object itself, which no client can send.
@@ -267,11 +282,13 @@ def _sampling_fields(params: SamplingParams) -> SamplingFields:
         allowed_token_ids=params.allowed_token_ids,
         bad_words=params.bad_words_token_ids or (),
         stop_token_ids=params.all_stop_token_ids,
+        grammar=grammar_of(params.structured_outputs),
     )
 
 
 def _complete(params: SamplingParams, resolved: ResolvedRequest) -> None:
     """Tell vLLM what follows from the resolved request, and let it travel."""
+    params.structured_outputs = None  # which vLLM's own engine would follow from left to right
     params.max_tokens = resolved.max_tokens
     # Stop strings that lie within given text end nothing.
     params.min_tokens = max(params.min_tokens, resolved.text_end)

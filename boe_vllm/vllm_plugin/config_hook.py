@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 
+from boe_vllm.models import special
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.vllm_plugin import admission
 
@@ -29,7 +31,7 @@ SAFE_FORMATS = ("safetensors", "fastsafetensors", "instanttensor", "runai_stream
 KV_CACHE_BYTES = 1 << 20
 
 
-class LLaDAEngineConfig:
+class DiffusionEngineConfig:
     """vLLM's hook for settings that follow from the architecture (`MODELS_CONFIG_MAP`).
 
     A vLLM with `patches/` applied reads the attribute and calls the last two methods; otherwise
@@ -44,7 +46,7 @@ class LLaDAEngineConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Check and complete the configuration of an engine that serves LLaDA.
+        """Check and complete the configuration of an engine that serves a model of ours.
 
         Raises:
             ValueError: for a setting that masked diffusion does not support.
@@ -52,6 +54,7 @@ class LLaDAEngineConfig:
         EngineSettings.read(vllm_config.additional_config)
         _refuse_unsupported(vllm_config)
         vllm_config.model_config.hf_config.check_supported()  # --hf-overrides came after loading
+        _set_special_tokens(vllm_config)
         _set_weights(vllm_config)
         _set_sampler(vllm_config)
         _set_engine_parts(vllm_config)
@@ -89,6 +92,14 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"{name}: expected {expected!r} for a masked diffusion model, got {value!r}; "
                 f"remove the setting"
             )
+
+
+def _set_special_tokens(vllm_config: VllmConfig) -> None:
+    """Every process reads the ids of mask and ends from the model's config."""
+    model = vllm_config.model_config
+    tokenizer = None if model.skip_tokenizer_init else cached_tokenizer_from_config(model)
+    given = EngineSettings.read(vllm_config.additional_config).mask_token_id
+    special.complete(model.hf_config, tokenizer, given)
 
 
 def _set_weights(vllm_config: VllmConfig) -> None:

@@ -1,27 +1,25 @@
 """The few vLLM callables that this plugin wraps.
 
-vLLM has no extension point for six things: engine arguments of our own, the dtype of a float32
+vLLM has no extension point for five things: engine arguments of our own, the dtype of a float32
 checkpoint, a request's check against its prompt, refusing a bad streaming request before the
-stream has begun, refusing beam search, and the exit status of a server whose engine has died. Each
-wrapper here adds one of them and otherwise passes everything through. `patches/` holds most of it
-as diffs of vLLM itself. A callable that is not what we expect raises, with vLLM's version.
+stream has begun, and refusing beam search. Each wrapper here adds one of them and otherwise passes
+everything through; `http_server` has those of the server. `patches/` holds most of it as diffs of
+vLLM itself. A callable that is not what we expect raises, with vLLM's version.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from boe_vllm.models.families import FAMILIES
 from boe_vllm.vllm_plugin import versions
 from boe_vllm.vllm_plugin.wrapping import when_imported, wrap
 
-ARCHITECTURE = "LLaDAModelLM"
 FLAGS = ("sampler", "sampler_config")
-_STOPPED = "_boe_vllm_stopped"
 
 
 class SamplerName(str):
@@ -39,7 +37,6 @@ def install() -> None:
     when_imported("vllm.engine.arg_utils", _wrap_engine_args)
     when_imported("vllm.v1.engine.input_processor", _wrap_input_processor)
     when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
-    when_imported("vllm.entrypoints.launchers.api_server.entry", _wrap_api_server)
 
 
 def with_sampler(
@@ -108,18 +105,10 @@ def _wrap_input_processor(module: ModuleType) -> None:
 
 def _wrap_async_llm(module: ModuleType) -> None:
     versions.check()
-    wrap(module.AsyncLLM, "shutdown", {"self", "timeout"}, _shutdown)
     if _asks_the_model():
         return
     expected = {"prompt", "sampling_params", "request_id"}
     wrap(module.AsyncLLM, "generate", expected, _generate)
-
-
-def _wrap_api_server(module: ModuleType) -> None:
-    versions.check()
-    if hasattr(sys.modules["vllm.entrypoints.launchers.launcher"], "engine_died"):
-        return  # this vLLM exits with an error by itself
-    wrap(module, "build_and_serve", {"engine_client", "sock", "args"}, _build_and_serve)
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
@@ -184,11 +173,11 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
             ServerSettings.read(self.additional_config)  # fail before any file of the model is read
         config = original(self, *args, **kwargs)
-        if asked_for and not _is_ours(config):
+        if asked_for and not is_ours(config):
             raise ValueError(
-                f"{asked_for[0]}: expected a masked diffusion model ({ARCHITECTURE}), got "
+                f"{asked_for[0]}: expected a masked diffusion model ({', '.join(FAMILIES)}), got "
                 f"{config.model_config.architecture} ({self.model}); remove the setting or serve "
-                f"a LLaDA checkpoint"
+                f"one of these"
             )
         return config
 
@@ -202,7 +191,7 @@ def _create_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_model_config(self: Any) -> Any:
         config = original(self)
         stored = str(getattr(config.hf_config, "dtype", None)).removeprefix("torch.")
-        if config.architecture == ARCHITECTURE and (self.dtype, stored) == ("auto", "float32"):
+        if config.architecture in FAMILIES and (self.dtype, stored) == ("auto", "float32"):
             import torch
 
             config.dtype = torch.float32
@@ -212,12 +201,21 @@ def _create_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if _is_ours(self.vllm_config):
-            from boe_vllm.vllm_plugin.admission import admit_request
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not is_ours(self.vllm_config):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        from boe_vllm.vllm_plugin.admission import admit_request
 
-            admit_request(request, self.vllm_config)
+        grammar = getattr(params, "structured_outputs", None)
+        if grammar is not None:  # vLLM would make it one of a backend of its own
+            params = params.clone()
+            params.structured_outputs = None
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if grammar is not None:
+            request.sampling_params.structured_outputs = grammar
+        admit_request(request, self.vllm_config)
         return request
 
     return process_inputs
@@ -225,7 +223,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_watermarking(self: Any, params: Any) -> Any:
-        if type(params).__name__ == "BeamSearchParams" and _is_ours(self.vllm_config):
+        if type(params).__name__ == "BeamSearchParams" and is_ours(self.vllm_config):
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(
@@ -245,45 +243,18 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     error"."""
 
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_ours(self.vllm_config):
+        if not is_ours(self.vllm_config):
             return original(self, prompt, sampling_params, *args, **kwargs)
         from boe_vllm.vllm_plugin.admission import resolve_early
         from boe_vllm.vllm_plugin.output import with_reasons
+        from boe_vllm.vllm_plugin.shutdown import refusal, stopping
 
+        if stopping(self):
+            raise refusal()
         params = resolve_early(prompt, sampling_params, self.input_processor)
-        return with_reasons(original(self, prompt, params, *args, **kwargs))
+        return with_reasons(original(self, prompt, params, *args, **kwargs), self)
 
     return generate
-
-
-def _shutdown(original: Callable[..., None]) -> Callable[..., None]:
-    """Tells a server that was told to stop from one whose engine has died."""
-
-    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        setattr(self, _STOPPED, True)
-        original(self, *args, **kwargs)
-
-    return shutdown
-
-
-def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A server whose engine has died exits with status 1. vLLM's several API servers do so too; its
-    single one only stops serving, and exits with 0."""
-
-    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
-        closing = await original(engine_client, *args, **kwargs)
-        stopped = getattr(engine_client, _STOPPED, False)
-        if stopped or not engine_client.errored or not _is_ours(engine_client.vllm_config):
-            return closing
-        return _failed(closing)
-
-    return build_and_serve
-
-
-async def _failed(closing: Awaitable[None]) -> None:
-    """What vLLM awaits once it has cleaned up."""
-    await closing
-    raise SystemExit("boe-vllm: the engine has died, and the server with it; its log says why")
 
 
 def _asks_the_model() -> bool:
@@ -293,6 +264,7 @@ def _asks_the_model() -> bool:
     return hasattr(VerifyAndUpdateConfig, "admit_request")
 
 
-def _is_ours(vllm_config: Any) -> bool:
+def is_ours(vllm_config: Any) -> bool:
+    """Whether an engine's model is a masked diffusion model of ours."""
     model_config = vllm_config.model_config
-    return model_config is not None and model_config.architecture == ARCHITECTURE
+    return model_config is not None and model_config.architecture in FAMILIES

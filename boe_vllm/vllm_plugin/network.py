@@ -21,7 +21,7 @@ logging.getLogger("boe_vllm").parent = logging.getLogger("vllm")
 logger = init_logger("vllm." + __name__)
 
 
-class LLaDAForDiffusion(Decoder):
+class DecoderForDiffusion(Decoder):
     """`Decoder` on vLLM's parallel layers, with the methods that vLLM expects of a model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -46,7 +46,7 @@ class LLaDAForDiffusion(Decoder):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Not used: the diffusion runner calls `run` with a `RowLayout`."""
         raise NotImplementedError(
-            "LLaDAForDiffusion runs through boe_vllm's diffusion runner; expected a worker of "
+            "DecoderForDiffusion runs through boe_vllm's diffusion runner; expected a worker of "
             "boe_vllm.vllm_plugin, got vLLM's own; check that the plugin's config hook ran"
         )
 

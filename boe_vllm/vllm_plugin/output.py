@@ -14,6 +14,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import StepResult
+from boe_vllm.vllm_plugin import shutdown
 
 
 @dataclass
@@ -29,6 +30,8 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """Why a request cannot go on, by request id."""
     counters: dict[str, int] = field(default_factory=dict)
     """What the worker has done since its last output; see `decoding.accounting`."""
+    snapshots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Canvases of requests that want theirs seen, by request id."""
     done: set[str] = field(default_factory=set)
     """Requests whose canvas needs no further step."""
 
@@ -52,6 +55,7 @@ def to_output(
         logprobs=to_logprobs([results[r].logprobs if r in results else None for r in req_ids]),
         reports={r: result.report for r, result in results.items() if result.report is not None},
         errors=errors,
+        snapshots={r: result.snapshot for r, result in results.items() if result.snapshot},
         done={r for r, result in results.items() if result.done and r not in errors},
     )
 
@@ -83,16 +87,19 @@ def to_logprobs(requests: Sequence[list[TokenLogprobs] | None]) -> LogprobsLists
 
 
 async def with_reasons(
-    outputs: AsyncGenerator[RequestOutput, None],
+    outputs: AsyncGenerator[RequestOutput, None], engine: Any
 ) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs; where it failed, the error says why.
+    """A request's outputs; where it failed, or the engine stops, the error says why.
 
     Raises:
         GenerationError: which the HTTP server answers with status 500 and the text.
+        GracefulHTTPError: with status 503.
     """
     async with contextlib.aclosing(outputs):  # a client that leaves ends the request at once
         async for output in outputs:
             for completion in output.outputs:
                 if completion.finish_reason == "error":
                     raise GenerationError(str(completion.stop_reason or "the request failed"))
+                if completion.finish_reason == "abort" and shutdown.stopping(engine):
+                    raise shutdown.refusal()
             yield output

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import (
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
@@ -36,11 +37,10 @@ Tensor = torch.Tensor
 class _Loaded:
     """What `models.weights` asks of every layer, by way of vLLM's own loaders."""
 
-    weight: Any
-
-    def load(self, tensor: Tensor, part: Part = None) -> None:
+    def load(self, tensor: Tensor, part: Part = None, leaf: str = "weight") -> None:
         """Copy this rank's share of a checkpoint's tensor to its place."""
-        self.weight.weight_loader(self.weight, tensor, *(() if part is None else (part,)))
+        place = getattr(self, leaf)
+        place.weight_loader(place, tensor, *(() if part is None else (part,)))
 
 
 class _QueryKeyValue(_Loaded, QKVParallelLinear):
@@ -73,9 +73,15 @@ class _Head(_Vocabulary, ParallelLMHead):
 class ParallelLayers(Layers):
     """`Layers` of vLLM's parallel layers, to be made within vLLM's model loader."""
 
-    def query_key_value(self, width: int, head_size: int, heads: int, kv_heads: int) -> Any:
+    def __init__(self) -> None:
+        self.rank = get_tensor_model_parallel_rank()
+        self.ranks = get_tensor_model_parallel_world_size()
+
+    def query_key_value(
+        self, width: int, head_size: int, heads: int, kv_heads: int, *, bias: bool = False
+    ) -> Any:
         """Heads are split; key heads are repeated where there are fewer than ranks."""
-        return _frozen(_QueryKeyValue(width, head_size, heads, kv_heads, bias=False))
+        return _frozen(_QueryKeyValue(width, head_size, heads, kv_heads, bias=bias))
 
     def merged(self, width: int, sizes: Sequence[int]) -> Any:
         """The columns of each part are split."""

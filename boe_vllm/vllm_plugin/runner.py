@@ -14,8 +14,8 @@ from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.limits import EngineSettings
 from boe_vllm.vllm_plugin.admission import model_facts, read_resolved, server_settings
 from boe_vllm.vllm_plugin.output import to_output
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import DraftTokenIds
 
-    from boe_vllm.vllm_plugin.network import LLaDAForDiffusion
+    from boe_vllm.vllm_plugin.network import DecoderForDiffusion
 
 logger = init_logger("vllm." + __name__)
 
@@ -38,7 +38,7 @@ class DiffusionModelRunner:
     """Holds the network and the denoising loop; has no key/value cache of vLLM's."""
 
     is_pooling_model = False
-    model: LLaDAForDiffusion
+    model: DecoderForDiffusion
     loop: DenoisingLoop
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -71,19 +71,17 @@ class DiffusionModelRunner:
         config = self.model_config.hf_config
         parameters = self.model.parameters()
         self.model_memory_usage = sum(p.numel() * p.element_size() for p in parameters)
-        late = {config.eos_token_id, config.eot_token_id} - {None}
         # The scheduler keeps the rows of all requests that hold a canvas within this.
         rows = self.scheduler_config.max_num_batched_tokens
         self.loop = DenoisingLoop(
             self.model,
-            special=SpecialTokens(
-                mask=config.mask_token_id, eos=config.eos_token_id, late=frozenset(late)
-            ),
+            special=SpecialTokens.of(config),
             device=self.device,
             budget_bytes=self.settings.budget_bytes(self.device.type),
             cache_rows=rows,
             row_budget=rows,
             score_grid=self.settings.score_grid,
+            canvas_rate=self.settings.max_canvas_rate,
         )
 
     def warming_up_model(self) -> None:
@@ -100,7 +98,7 @@ class DiffusionModelRunner:
             max_requests=self.scheduler_config.max_num_seqs,
         )
 
-    def get_model(self) -> LLaDAForDiffusion:
+    def get_model(self) -> DecoderForDiffusion:
         return self.model
 
     def get_draft_model(self) -> None:

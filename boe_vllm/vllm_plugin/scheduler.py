@@ -25,6 +25,8 @@ logger = init_logger("vllm." + __name__)
 
 REPORT_KEY = "boe"
 """Where a request's accounting is found in `RequestOutput.kv_transfer_params`."""
+CANVAS_KEY = "boe_canvas"
+"""Where its canvas is, if it wants that seen."""
 
 
 class DiffusionScheduler(Scheduler):
@@ -74,6 +76,7 @@ class DiffusionScheduler(Scheduler):
                 self._reports[req_id] = report
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._report_early(outputs)
+        self._show(outputs, ours.snapshots)
         for req_id, error in ours.errors.items():
             logger.error("Request %s failed: %s", req_id, error)
             self._finish(outputs, req_id, RequestStatus.FINISHED_ERROR, error)
@@ -163,6 +166,21 @@ class DiffusionScheduler(Scheduler):
                 report = self._reports.get(output.request_id)
                 if request.sampling_params.stop and report is not None:
                     output.kv_transfer_params = {REPORT_KEY: report}
+
+    def _show(
+        self, outputs: dict[int, EngineCoreOutputs], snapshots: dict[str, dict[str, Any]]
+    ) -> None:
+        """Send canvases to those who watch them, with a request's output or without any."""
+        sent = {o.request_id: o for to_client in outputs.values() for o in to_client.outputs}
+        for req_id, snapshot in snapshots.items():
+            request = self.requests.get(req_id)
+            if req_id not in sent and request is not None:
+                sent[req_id] = EngineCoreOutput(request_id=req_id, new_token_ids=[])
+                to_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+                to_client.outputs.append(sent[req_id])
+            if req_id in sent:
+                params = sent[req_id].kv_transfer_params or {}
+                sent[req_id].kv_transfer_params = {**params, CANVAS_KEY: snapshot}
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False

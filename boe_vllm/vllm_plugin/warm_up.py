@@ -15,8 +15,9 @@ from vllm.logger import init_logger
 
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.policies import POLICY_NAMES, Policy, load_policy
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import ServerSettings
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 
 logger = init_logger("vllm." + __name__)

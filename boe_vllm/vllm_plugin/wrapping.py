@@ -68,7 +68,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds nothing itself: it lets the other finders work and extends what they found."""
 
     def __init__(self) -> None:
-        self.pending: dict[str, Callback] = {}
+        self.pending: dict[str, list[Callback]] = {}
 
     def find_spec(
         self,
@@ -76,13 +76,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        callback = self.pending.pop(fullname, None)
-        if callback is None:
+        callbacks = self.pending.pop(fullname, None)
+        if callbacks is None:
             return None
         # No longer pending, so this search passes us by.
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
-            self.pending[fullname] = callback
+            self.pending[fullname] = callbacks
             return None
         execute = spec.loader.exec_module
 
@@ -90,9 +90,10 @@ class _Finder(importlib.abc.MetaPathFinder):
             try:
                 execute(module)
             except BaseException:
-                self.pending[fullname] = callback  # the import may be tried again
+                self.pending[fullname] = callbacks  # the import may be tried again
                 raise
-            callback(module)
+            for callback in callbacks:
+                callback(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -113,6 +114,8 @@ def when_imported(name: str, callback: Callback) -> None:
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         callback(module)
         return
-    _finder.pending[name] = callback
+    callbacks = _finder.pending.setdefault(name, [])
+    if callback not in callbacks:
+        callbacks.append(callback)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

@@ -22,6 +22,7 @@ COST = {
     "remdm": SINGLE,
     "remdm-llada": (1, 0, 0, 2 * STEPS),
     "origin": ADAPTIVE,
+    "ancestral": ADAPTIVE,
     "eb": ADAPTIVE,
     "threshold": ADAPTIVE,
     "factor": ADAPTIVE,

@@ -14,10 +14,10 @@ from test_loop import NEEDED, finish, make_loop, params_of
 from test_policy_rules_local import COUNTS
 from toy import label
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models import build
+from boe_vllm.models.special import SpecialTokens
 
 pc = functools.partial(rules.pc, counts=COUNTS, total=10000)
 LOOSE = {"confidence_threshold": 0.2, "kl_threshold": 0.3}
@@ -29,6 +29,7 @@ CASES = [
     ({"policy": "entropy", "tokens_per_step": 2}, None),
     ({"policy": "confident-random", "tokens_per_step": 2}, rules.confident_random),
     ({"policy": "origin", "tokens_per_step": 2}, rules.origin),
+    ({"policy": "ancestral", "tokens_per_step": 2}, rules.ancestral),
     ({"policy": "eb", "gamma": 1.0}, functools.partial(rules.eb, gamma=1.0)),
     ({"policy": "eb", "proxy": "margin"}, functools.partial(rules.eb, proxy="margin")),
     ({"policy": "pc", "tokens_per_step": 2} | NEEDED["pc"], pc),
@@ -165,11 +166,12 @@ def test_the_kls_of_klass_are_exact(random_model):
         )
 
 
-def test_origin_ends_within_its_steps_and_passes_over_idle_ones(random_model):
+@pytest.mark.parametrize("name", ["origin", "ancestral"])
+def test_steps_that_reveal_nothing_cost_no_forward(random_model, name):
     model, _ = random_model
     loop = make_loop(model)
     for seed in range(30):
-        fields = {"policy": "origin", "gen_length": 6, "block_length": 3, "steps": 20}
+        fields = {"policy": name, "gen_length": 6, "block_length": 3, "steps": 20}
         loop.add(str(seed), [1, 2], params_of(fields, prompt_len=2, seed=seed))
     _, reports = finish(loop)
     steps = [report["denoising_steps"] for report in reports.values()]

@@ -11,10 +11,10 @@ from test_lookahead import soft_state
 from test_loop import finish, params_of
 from toy import steps_by
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
+from boe_vllm.models.special import SpecialTokens
 
 CASES = [
     ({"policy": "remdm", "sigma_schedule": "cap", "eta": 0.3}, slow.remdm, {"eta": 0.3}),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from oracle import random_weights, small_config
 
-from boe_vllm.decoding.canvas import Canvas, SpecialTokens
+from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.models.build import random_model
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config

@@ -8,8 +8,9 @@ import dataclasses
 
 import pytest
 import torch
+from families import make, network
 from pretended_counts import BLOCKING, LAUNCH, NON_BLOCKING, WAITS
-from pretended_cuda import CPU, CUDA, DeviceMismatch, PretendedDevice
+from pretended_cuda import CPU, CUDA, DeviceMismatch, PretendedDevice, move
 from pretended_decoding import (
     SCENARIOS,
     Cost,
@@ -70,6 +71,26 @@ def test_the_device_decodes_the_tokens_of_the_cpu(pair, scenario):
     assert cost.device.counts.total(LAUNCH) > cost.passes > 0
     assert cost.per_pass(BLOCKING) <= 2
     assert cost.per_pass(*WAITS) <= 2  # a query without a pass reads what the pass left behind
+
+
+SWITCHES = ["boe, response", "inject, guided"]
+
+
+@pytest.mark.parametrize("family", ["dream", "a2d-qwen3", "llada-moe"])
+def test_the_device_decodes_the_tokens_of_every_switch(family):
+    """Biases and shift; norms of heads; experts."""
+    made = make(family, num_hidden_layers=2, num_key_value_heads=2)
+    on_cpu, on_device = network(made), move(network(made))
+    for name in SWITCHES:
+        want = loop_of(on_cpu, CPU, SCENARIOS[name])
+        got = loop_of(on_device, CUDA, SCENARIOS[name])
+        device = PretendedDevice()
+        while not all(canvas.done for canvas in want.canvases.values()):
+            step(want)
+            with device:
+                step(got)
+            assert state(got) == state(want), name
+        assert device.counts.total(LAUNCH) > 0
 
 
 def measured(policy):

@@ -35,6 +35,9 @@ RUN_BY = {
     r"vllm serve .* --sampler alternate": "tests/docs/test_extending.py::test_a_policy_in_one_file",
     r"vllm serve$": "tests/server.py::serve",
     r'vllm serve "\$\(python -c .*tiny_model_path': "tests/server.py::tiny_model_path",
+    r'vllm serve "\$\(python -c .*tiny_text_model_path': (
+        f"{PLUGIN}/test_serving_mdlm.py::tiny_text_model_path"
+    ),
     r"vllm serve MODEL --sampler boe": "tests/lab/test_lm_eval.py::server",
     r"vllm bench throughput": f"{HERE}::test_vllms_throughput_benchmark_runs",
     r"vllm bench serve": f"{HERE}::test_vllms_serving_benchmark_runs",
@@ -47,6 +50,9 @@ RUN_BY = {
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",
     r"python examples/train_scorer.py": f"{HERE}::test_the_tables_commands_run",
     r"boe-vllm eval --model tiny --(table|figure)": f"{HERE}::test_the_tables",
+    r"boe-vllm eval --model tiny-text": (
+        "tests/lab/test_stories.py::test_eval_writes_what_the_source_says"
+    ),
     r"boe-vllm eval (--model tiny )?--contest": (
         "tests/lab/test_sweep.py::test_a_contest_is_run_once"
     ),

@@ -19,7 +19,6 @@ from test_importance import oracle
 
 from boe_vllm import cli
 from boe_vllm.decoding.accounting import Account
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.denoiser import Denoiser
 from boe_vllm.lab.eval import tables
@@ -31,6 +30,7 @@ from boe_vllm.lab.pictures.trajectory import FORMAT, read
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest

@@ -9,10 +9,10 @@ from test_loop import NEEDED, params_of
 from test_policies import make_view, policy_of, run
 from toy import label
 
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.tasks import TASKS
 from boe_vllm.models.build import random_model
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.steering.chain import Conditional, Conditioned

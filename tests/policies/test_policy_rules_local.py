@@ -41,6 +41,8 @@ CASES = [
     ({"policy": "confident-random", "rho": 0.2}, lambda m: rules.confident_random(m, 0.2)),
     ({"policy": "origin"}, lambda m: rules.origin(m)[0]),
     ({"policy": "origin", "eps": 0.2}, lambda m: rules.origin(m, 0.2)[0]),
+    ({"policy": "ancestral"}, lambda m: rules.ancestral(m)[0]),
+    ({"policy": "ancestral", "eps": 0.3}, lambda m: rules.ancestral(m, 0.3)[0]),
     *[
         (
             {"policy": "eb", "proxy": proxy, "gamma": gamma},
@@ -196,11 +198,15 @@ def test_alg_temp_draws_from_the_softmax_of_the_scores():
     assert np.abs(pairs / 4000 - want)[~np.eye(3, dtype=bool)].max() < 0.03
 
 
-def test_origin_reveals_on_dreams_time_grid():
-    """Each mask is revealed at grid step j with probability t_j - t_{j+1}, independently."""
-    steps, many, trials, eps = 4, 3, 4000, 1e-3
+@pytest.mark.parametrize(
+    ("name", "eps"), [("origin", 1e-3), ("ancestral", 1e-5), ("ancestral", 0.1)]
+)
+def test_masks_are_revealed_on_the_time_grid(name, eps):
+    """Each mask is revealed at grid step j with probability t_j - t_{j+1}, independently; what is
+    left at the end of it, in the last step by Dream and in one more by MDLM."""
+    steps, many, trials = 4, 3, 4000
     times = np.linspace(1, eps, steps + 1)
-    policy = policy_of(policy="origin")
+    policy = policy_of(policy=name, eps=eps)
     when = np.full((trials, many), -1)
     for seed in range(trials):
         left, memory, step = np.arange(many), {}, 0
@@ -217,10 +223,10 @@ def test_origin_reveals_on_dreams_time_grid():
             chosen = run(policy, view)[1].chosen
             when[seed, left[chosen]] = memory[origin.GRID_STEP] - 1
             left, step = np.delete(left, chosen), step + 1
-        assert step <= steps
-    share = np.stack([(when == j).mean(0) for j in range(steps)])
-    want = times[:-1] - times[1:]
-    want[-1] += eps  # the last step reveals all the rest
+        assert step <= steps + 1
+    share = np.stack([(when == j).mean(0) for j in range(steps + 1)])
+    want = np.append(times[:-1] - times[1:], 0.0)
+    want[-2 if name == "origin" else -1] += eps
     assert np.abs(share - want[:, None]).max() < 0.03
     both = np.mean((when[:, 0] == 0) & (when[:, 1] == 0))
     assert abs(both - want[0] ** 2) < 0.02

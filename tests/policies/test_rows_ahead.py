@@ -3,9 +3,11 @@
 import math
 
 import pytest
+from oracle import random_weights, small_config
 from test_loop import NEEDED, VARIANTS, make_loop, model, params_of  # noqa: F401
 from toy import label
 
+from boe_vllm.models.build import random_model
 from boe_vllm.request.plan import tokens_due
 
 PROMPT, CANVAS, BLOCK = 3, 24, 12
@@ -53,6 +55,23 @@ def largest_due(kind, masks, steps):
 )
 @pytest.mark.parametrize("fields", CASES, ids=label)
 def test_no_step_asks_for_more_rows_than_the_bound(model, fields, frame):  # noqa: F811
+    check_the_bound(model, fields, frame)
+
+
+@pytest.mark.parametrize("fields", COMPOSED, ids=label)
+def test_a_shifted_model_asks_for_at_most_twice_as_many(shifted, fields):
+    check_the_bound(shifted, fields, {"tokens_per_step": 3})
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    config = small_config(shift=1)
+    network = random_model(config)
+    network.load_weights(random_weights(config).items())
+    return network
+
+
+def check_the_bound(model, fields, frame):  # noqa: F811
     loop = make_loop(model)
     params = params_of(
         fields | frame | {"block_length": BLOCK}, prompt_len=PROMPT, max_tokens=CANVAS, seed=3
@@ -64,7 +83,8 @@ def test_no_step_asks_for_more_rows_than_the_bound(model, fields, frame):  # noq
     if frame.get("schedule") and fields.get("commit"):
         quota = BLOCK  # what a bound leaves unwritten is due at the end
     guided = 1 + (fields.get("cfg_scale", 0) > 0)
-    bound = guided * canvas.policy.rows_ahead(masks=BLOCK, quota=quota, length=PROMPT + CANVAS)
+    both = guided * (1 + model.shift)
+    bound = both * canvas.policy.rows_ahead(masks=BLOCK, quota=quota, length=PROMPT + CANVAS)
     most = 0
     while not canvas.done:
         before, account = canvas.carried, canvas.account

@@ -8,9 +8,10 @@ import pytest
 
 from boe_vllm.policies.base import Policy
 from boe_vllm.request import resolved as resolved_module
+from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import BUDGET_MB, EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, tokens_due
-from boe_vllm.request.resolve import ModelFacts, SamplingFields, resolve
+from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
 
 MASK, EOS = 49, 1
@@ -149,6 +150,20 @@ def test_a_prompt_that_leaves_no_room_is_named():
     with pytest.raises(ValueError, match="prompt: expected less than the 64 tokens"):
         resolved(prompt=[2] * 64)
     assert resolved(prompt=[2] * 63, max_tokens=1).rows == 64
+
+
+@pytest.mark.parametrize("prompt", [[], [MASK], [MASK, 3]], ids=str)
+def test_a_shifted_model_has_nothing_to_predict_a_first_mask_from(prompt):
+    facts = model(shift=1)
+    with pytest.raises(ValueError, match="prompt: expected a token before the first mask, since"):
+        resolved(prompt=prompt, facts=facts)
+    assert resolved(prompt=[3, MASK], facts=facts).prompt_len == 2
+
+
+def test_a_shifted_model_looks_ahead_at_most_twice_as_far():
+    fields = {"policy": "joint", "tokens_per_step": 4}
+    plain, shifted = (resolved(fields, facts=model(shift=shift)).rows_ahead for shift in (0, 1))
+    assert shifted == 2 * plain > 0
 
 
 def test_huge_numbers_of_masks_are_refused_before_they_are_made():

@@ -10,7 +10,8 @@ from test_loop import EOS, MASK, NEEDED, finish, make_loop, model, params_of  # 
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.request.given_text import GivenText
 from boe_vllm.request.plan import plan_canvas
-from boe_vllm.sampling.constraints import NEVER, CanvasConstraints, Constraint, TokenConstraints
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
+from boe_vllm.sampling.constraints import NEVER, Constraint, TokenConstraints
 
 VOCAB = 29
 POLICIES = sorted(POLICY_NAMES)

@@ -14,13 +14,14 @@ from boe_vllm.steering.step import solve_together
 # ---- estimators ----------------------------------------------------------------------------------
 
 
-def frozen_logits(dense, rows, places, tokens):
-    """[M, V] log-probabilities with `tokens` at the live `places`, all other rows as they were."""
+def frozen_logits(dense, rows, places, tokens, read):
+    """[M, V] log-probabilities with `tokens` at the live `places`, and the rows at which the
+    positions `read` are read; all other rows as they were."""
     before = torch.from_numpy(rows.tokens)
     dense.logits(dense.embed(before))
     old = [(k.detach(), v.detach()) for k, v in dense.kv]
     live = torch.zeros(len(before), dtype=torch.bool)
-    live[places] = True
+    live[[*places, *dense.read_at(read)]] = True
     after = before.clone()
     after[places] = torch.as_tensor(tokens)
     layer = iter(old)
@@ -46,7 +47,7 @@ def oracle(dense, rows, query):
     for i in range(many):
         places = rows.logit_positions[live]
         tokens = [query.tokens[i] if place == query.pool[i] else mask for place in live]
-        after = frozen_logits(dense, rows, places, tokens)
+        after = frozen_logits(dense, rows, places, tokens, rows.logit_positions[query.pool])
         for j in range(many):
             new, old = after[query.pool[j]], before[query.pool[j]]
             if query.measure == "kl":
@@ -67,8 +68,9 @@ def ask_for(rows, **fields):
 
 @pytest.mark.parametrize("measure", ["kl", "pmi"])
 @pytest.mark.parametrize("estimator", ["exact", "pairs"])
-def test_measured_coupling_equals_the_dense_network(estimator, measure):
-    model, dense = setting(n_kv_heads=2)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_measured_coupling_equals_the_dense_network(estimator, measure, shift):
+    model, dense = setting(n_kv_heads=2, shift=shift)
     current = make_pass(model, "masked")
     queries = {
         n: ask_for(rows, estimator=estimator, measure=measure)
@@ -78,8 +80,10 @@ def test_measured_coupling_equals_the_dense_network(estimator, measure):
         want = oracle(dense, current.sequences[n], queries[n])
         np.testing.assert_allclose(given.value, want, rtol=1e-8, atol=1e-10)
         assert np.abs(want).max() > 1e-3
-        rows = 4 if estimator == "pairs" else len(current.sequences[n].logit_positions)
-        assert (given.forwards, given.rows_forward) == (1, 4 * rows)
+        positions = current.sequences[n].logit_positions
+        own = positions[:4] if estimator == "pairs" else positions
+        run = {*own.tolist(), *dense.read_at(positions[:4])}
+        assert (given.forwards, given.rows_forward) == (1, 4 * len(run))
 
 
 def test_attention_coupling_is_symmetric_normalised_and_free():
@@ -95,8 +99,9 @@ def test_attention_coupling_is_symmetric_normalised_and_free():
     assert (given.forwards, given.backwards) == (0, 0)
 
 
-def test_overlap_coupling_equals_the_dense_network():
-    model, dense = setting(n_kv_heads=2)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_overlap_coupling_equals_the_dense_network(shift):
+    model, dense = setting(n_kv_heads=2, shift=shift)
     current = make_pass(model, "masked", budget_bytes=2048)  # tiles of two rows
     queries = {
         n: ask_for(rows, estimator="overlap", measure="kl")
@@ -110,7 +115,7 @@ def test_overlap_coupling_equals_the_dense_network():
         for (q, _), (k, _) in zip(dense.attention, dense.kv, strict=True):
             k = k.repeat_interleave(2, 1)
             weights = torch.einsum("ihp,jhp->hij", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
-            attention += weights.sum(0)[places][:, places].numpy()
+            attention += weights.sum(0)[dense.read_at(places)][:, places].numpy()
         want = np.zeros((4, 4))
         for i in range(4):
             for j in range(4):
@@ -125,8 +130,9 @@ def test_overlap_coupling_equals_the_dense_network():
         assert (given.forwards, given.backwards) == (0, 0)
 
 
-def test_a_conditional_equals_the_dense_network_with_the_rest_frozen():
-    model, dense = setting()
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_conditional_equals_the_dense_network_with_the_rest_frozen(shift):
+    model, dense = setting(shift=shift)
     current = make_pass(model, "masked")
     rows = current.sequences[1]
     query = Conditional(
@@ -138,11 +144,11 @@ def test_a_conditional_equals_the_dense_network_with_the_rest_frozen():
     )
     (given,) = solve_together(current, {1: query}).values()
     places = rows.logit_positions[[2, 0, 3]]
-    after = frozen_logits(dense, rows, places, [5, 28, 28])[[0, 3]]
+    after = frozen_logits(dense, rows, places, [5, 28, 28], places[1:])[[0, 3]]
     assert given.value.proposal.tolist() == after.argmax(-1).tolist()
     np.testing.assert_allclose(given.value.confidence, after.exp().amax(-1), rtol=1e-8)
     np.testing.assert_allclose(given.value.entropy, -(after.exp() * after).sum(-1), rtol=1e-8)
-    assert given.rows_forward == 3
+    assert given.rows_forward == len({*places.tolist(), *dense.read_at(places[1:])})
 
 
 # ---- choice --------------------------------------------------------------------------------------

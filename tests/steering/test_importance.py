@@ -11,8 +11,9 @@ from oracle import Dense, random_weights, small_config
 
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.constraint_table import ConstraintTable
-from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
+from boe_vllm.sampling.constraints import TokenConstraints
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.importance import TokenImportance
@@ -41,9 +42,12 @@ def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
     sequences = []
     for length in sizes:
         tokens = rng.integers(0, 27, length)
-        masked = np.sort(rng.permutation(length)[: max(4, length // 2)])
+        masked = rng.permutation(length - model.shift)[: max(4, length // 2)] + model.shift
+        masked = np.sort(masked)
         tokens[masked] = model.config.mask_token_id
-        sequences.append(SequenceRows(tokens=tokens, logit_positions=masked, keep=keep))
+        sequences.append(
+            SequenceRows(tokens=tokens, logit_positions=masked, keep=keep, shift=model.shift)
+        )
     layout = pack(sequences, torch.device("cpu"))
     hidden, saved = model.run(model.embed(layout.tokens), layout)
     rows, table = len(hidden), ConstraintTable()
@@ -83,11 +87,11 @@ def soft_embeddings(dense, x_LD, positions, sharpen):
     return (logp / sharpen).softmax(-1) @ dense.w("wte")[: dense.config.vocab_size]
 
 
-def active_rows(query, rows):
+def active_rows(dense, query, rows):
     if query.active is None:
         return None
     flags = torch.zeros(len(rows.tokens), dtype=torch.bool)
-    flags[rows.logit_positions[query.active]] = True
+    flags[dense.rows_of(rows.logit_positions[query.active])] = True
     return flags
 
 
@@ -109,7 +113,9 @@ def oracle(dense, rows, query):
     frozen = None
     if query.surrogate == "inject" and query.context == "frozen":
         return frozen_oracle(dense, rows, query, x, at, soft - mask, positions, objective)
-    entropy = dense.entropies(dense.logits(at, active_rows(query, rows), frozen))[objective].sum()
+    entropy = dense.entropies(dense.logits(at, active_rows(dense, query, rows), frozen))[
+        objective
+    ].sum()
     (gradient,) = torch.autograd.grad(entropy, at)
     return -(gradient[positions] * (soft - mask)).sum(-1)
 
@@ -117,7 +123,7 @@ def oracle(dense, rows, query):
 def kv_oracle(dense, rows, query, x, soft, positions, objective):
     """Gradients at every layer's keys and values, and each candidate's row run alone."""
     x = x.clone().requires_grad_()
-    entropy = dense.entropies(dense.logits(x, active_rows(query, rows)))[objective].sum()
+    entropy = dense.entropies(dense.logits(x, active_rows(dense, query, rows)))[objective].sum()
     kv = dense.kv
     tensors = [t for pair in kv for t in pair]
     gradients = torch.autograd.grad(entropy, tensors, allow_unused=True)
@@ -140,7 +146,7 @@ def kv_oracle(dense, rows, query, x, soft, positions, objective):
 def response_oracle(dense, rows, query, x, soft, positions, objective):
     """Gradients at every row's attention output, and those outputs computed again one by one."""
     x = x.clone().requires_grad_()
-    entropy = dense.entropies(dense.logits(x, active_rows(query, rows)))[objective].sum()
+    entropy = dense.entropies(dense.logits(x, active_rows(dense, query, rows)))[objective].sum()
     outputs = [o for _, o in dense.attention]
     gradients = torch.autograd.grad(entropy, outputs, allow_unused=True)
     return response_drops(dense, dense, x.detach(), query, soft, positions, gradients)
@@ -176,7 +182,7 @@ def frozen_oracle(dense, rows, query, x, at, change, positions, objective):
     dense.logits(x)
     old = [(k.detach(), v.detach()) for k, v in dense.kv]
     live = torch.zeros(len(rows.tokens), dtype=torch.bool)
-    live[rows.logit_positions] = True
+    live[dense.rows_of(rows.logit_positions)] = True
 
     class Mixed(Dense):
         layer = 0
@@ -188,7 +194,7 @@ def frozen_oracle(dense, rows, query, x, at, change, positions, objective):
             return super().attend(q, torch.where(keep, k, was[0]), torch.where(keep, v, was[1]))
 
     mixed = Mixed(dense.config, dense.weights)
-    entropy = mixed.entropies(mixed.logits(at, active_rows(query, rows)))[objective].sum()
+    entropy = mixed.entropies(mixed.logits(at, active_rows(dense, query, rows)))[objective].sum()
     (gradient,) = torch.autograd.grad(entropy, at)
     return -(gradient[positions] * change).sum(-1)
 
@@ -217,7 +223,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}], ids=["heads4", "grouped"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_heads": 2}, {"shift": 1}], ids=["heads4", "grouped", "shifted"]
+)
 def test_scores_equal_autograd(case, changes):
     model, dense = setting(**changes)
     current = make_pass(model, "all" if case["active"] == "all" else "masked")
@@ -228,9 +236,10 @@ def test_scores_equal_autograd(case, changes):
         assert np.abs(want).max() > 1e-3  # the test can fail
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("first", ["mask", "response", "rectified"])
-def test_one_backward_gives_each_request_its_own_scores(first):
-    model, _ = setting()
+def test_one_backward_gives_each_request_its_own_scores(first, shift):
+    model, _ = setting(shift=shift)
     current = make_pass(model, "masked")
     kinds = [
         dict(surrogate=first),

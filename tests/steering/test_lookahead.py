@@ -17,7 +17,8 @@ from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
 from boe_vllm.policies.base import Commit, Policy
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraints import CanvasConstraints, TokenConstraints
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
+from boe_vllm.sampling.constraints import TokenConstraints
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.lookahead import Lookahead
 
@@ -26,7 +27,11 @@ F64 = torch.float64
 
 @pytest.fixture(scope="module")
 def networks():
-    config = small_config()
+    return network_pair()
+
+
+def network_pair(shift=0):
+    config = small_config(shift=shift)
     weights = random_weights(config, dtype=F64)
     model = random_model(config, dtype=F64)
     model.load_weights(weights.items())
@@ -69,8 +74,9 @@ def asks_for(current, *, soft, observe, sharpen):
 
 @pytest.mark.parametrize("observe", ["block", "masked", "all"])
 @pytest.mark.parametrize("soft, sharpen", [(True, 1.0), (True, 0.5), (False, 1.0)])
-def test_states_are_predicted_as_by_a_dense_forward(networks, observe, soft, sharpen):
-    model, dense = networks
+@pytest.mark.parametrize("shift", [0, 1])
+def test_states_are_predicted_as_by_a_dense_forward(observe, soft, sharpen, shift):
+    model, dense = network_pair(shift)
     current = with_next_steps(make_pass(model, "none"))
     for rows in current.sequences:  # a mask outside the block
         outside = np.setdiff1d(np.arange(len(rows.tokens)), rows.logit_positions)
@@ -183,8 +189,9 @@ def soft_state(dense):
     ],
     ids=label,
 )
-def test_the_engine_decodes_as_the_transcription_does(networks, fields):
-    model, dense = networks
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_engine_decodes_as_the_transcription_does(fields, shift):
+    model, dense = network_pair(shift)
     prompt = np.random.default_rng(8).integers(0, 25, 7).tolist()
     loop = make_loop(model, row_budget=50)
     shape = {"block_length": 8, "tokens_per_step": 2}

@@ -79,7 +79,6 @@ def request_of(params, prompt=PROMPT, **changes):
         {"prompt_logprobs": 1},
         {"logprob_token_ids": [1]},
         {"prompt_logprob_token_ids": np.zeros((9, 1), np.int64)},
-        {"structured_outputs": StructuredOutputsParams(choice=["a"])},
         {"trace_decode_token_ids": [1]},
         {"thinking_token_budget": 5},
     ],
@@ -92,6 +91,8 @@ def test_a_field_without_meaning_here_is_refused_by_name(config, fields):
     assert error.value.parameter == name
 
 
+CHOICE = {"structured_outputs": StructuredOutputsParams(choice=["a"])}
+GRAMMAR = {"structured_outputs": StructuredOutputsParams(grammar='root ::= "a"')}
 BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
 
 
@@ -115,6 +116,9 @@ BANNED_EOS = {"allowed_token_ids": [1], "min_tokens": 2}
         (PROMPT, {}, {"choices": [[3], [3]]}, "choices: expected answers that differ"),
         (PROMPT, {}, {"canvas_template": [[3]]}, "canvas_template: expected a number of masks"),
         (PROMPT, {}, {"canvas_template": [60]}, "canvas_template: .*at most 54"),
+        (PROMPT, CHOICE, {}, "structured_outputs: expected a server with a tokenizer"),
+        (PROMPT, CHOICE, {"choices": [[3]]}, "choices: expected none beside a grammar"),
+        (PROMPT, GRAMMAR, {}, "structured_outputs: expected json, .* got grammar="),
     ],
     ids=str,
 )
@@ -199,6 +203,16 @@ def test_a_bad_request_field_is_a_validation_error(config, extra, message):
 def test_a_token_outside_the_vocabulary_is_refused(config, token):
     with pytest.raises(VLLMValidationError, match=f"prompt: .*from 0 to 49, got {token}"):
         admitted(config, prompt=[2, token])
+
+
+def test_masks_to_write_are_bounded(config):
+    changed = copy.copy(config)
+    changed.additional_config = config.additional_config | {"max_infill": 2}
+    assert admitted(changed, prompt=[2, 49, 49])
+    assert admitted(changed, prompt=[2, 49, 49, 49], extra_args={"infill": False})
+    with pytest.raises(VLLMValidationError, match="prompt: expected at most 2 masks to write") as e:
+        admitted(changed, prompt=[2, 49, 49, 49])
+    assert e.value.parameter == "prompt"
 
 
 def test_a_mask_in_the_prompt_is_admitted(config):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from engine_config import SMALL, engine_args, engine_config, small_model
+from families import FAMILIES, make
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -289,6 +290,25 @@ def test_the_servers_settings_reach_every_process():
 def test_a_setting_that_cannot_work_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         engine_config(**changes)
+
+
+def test_a_mask_that_no_file_names_is_the_servers_to_give(tmp_path):
+    made = make("a2d-qwen3")
+    made.config.mask_token_id = None
+    folder = str(made.save(tmp_path))
+    with pytest.raises(ValueError, match="mask_token_id: .*neither config.json nor the tokenizer"):
+        engine_config(model=folder)
+    config = engine_config(model=folder, additional_config={"mask_token_id": 20})
+    assert pickle.loads(pickle.dumps(config)).model_config.hf_config.mask_token_id == 20
+    assert config.additional_config["sampler"] == "confidence"
+
+
+def test_every_family_has_the_engine_parts(tmp_path):
+    for family in FAMILIES:
+        folder = str(make(family).save(tmp_path))
+        config = engine_config(model=folder, hf_overrides={"num_hidden_layers": 2})
+        assert config.scheduler_config.scheduler_cls.endswith("DiffusionScheduler")
+        assert config.model_config.hf_config.shape().layers == 2
 
 
 def test_another_model_with_a_sampler_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import jsonschema
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -137,9 +138,15 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, name, stream):
         ({"repetition_penalty": 1.5}, "repetition_penalty"),
         ({"echo": True, "logprobs": 1}, "prompt_logprobs"),
         ({"use_beam_search": True, "n": 2}, "use_beam_search"),
-        ({"structured_outputs": {"regex": "[0-9]+"}}, "structured_outputs.*canvas_template"),
-        ({"structured_outputs": {"choice": ["1", "2"]}}, "structured_outputs.*choices"),
-        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "[0-9]{9}"}}, "max_tokens: expected at least 9"),
+        ({"structured_outputs": {"regex": "[0-9"}}, "structured_outputs: .*regex that a finite"),
+        ({"structured_outputs": {"json": {"minimum": 3}}}, "no 'minimum' in a schema"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs: .* got grammar"),
+        ({"structured_outputs": {"regex": "a+"}, "bad_words": ["aa"]}, "bad_words: expected none"),
+        (
+            {"structured_outputs": {"regex": "a+"}, "allowed_token_ids": [49]},
+            "structured_outputs: .* that no canvas can satisfy",
+        ),
         ({"logit_bias": {"99999": 3}}, "logit_bias"),
         ({"allowed_token_ids": [51], "bad_words": ["3"]}, "allowed_token_ids"),
         ({"vllm_xargs": {"choices": ["1", "2"], "policy": "boe"}}, "choices"),
@@ -449,3 +456,183 @@ def test_a_failing_request_says_why(client):
             extra_body={"allowed_token_ids": [DIGITS["7"]], "bad_words": ["77"]},
         )
     assert query(client).choices[0].finish_reason in ("stop", "length")
+
+
+# ---- each sample's report ------------------------------------------------------------------------
+
+
+def chunks_of(url, path, body):
+    """The parsed events of a stream."""
+    body = {"model": MODEL, "max_tokens": 6, "stream": True} | body
+    with httpx.stream("POST", f"{url}/v1/{path}", json=body, timeout=60) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+SAMPLES = {
+    "prompt": ["A:1+<|mdm_mask|>=", "A:2+<|mdm_mask|><|mdm_mask|>="],
+    "n": 2,
+    "temperature": 1.0,
+    "seed": 3,
+    "ignore_eos": True,
+}
+
+
+def test_each_sample_has_its_own_report_in_its_choice(url, client):
+    body = {"model": MODEL, "max_tokens": 6} | SAMPLES
+    whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    reports = [choice["boe"] for choice in whole["choices"]]
+    assert [len(report["infill"][0]["tokens"]) for report in reports] == [1, 1, 2, 2]
+    assert [report["denoising_steps"] for report in reports] == [7, 7, 8, 8]
+    assert set(whole["kv_transfer_params"]) == {"boe"}
+    # What was written into the prompts counts as well.
+    assert whole["usage"]["completion_tokens"] == 4 * 6 + 1 + 1 + 2 + 2
+    for n in range(2):  # alone, with the seed that vLLM gave the sample
+        alone = httpx.post(
+            f"{url}/v1/completions",
+            json=body | {"prompt": SAMPLES["prompt"][1], "n": 1, "seed": 3 + n},
+            timeout=60,
+        ).json()["choices"][0]
+        assert (alone["boe"], alone["text"]) == (reports[2 + n], whole["choices"][2 + n]["text"])
+
+
+def test_the_last_chunk_of_each_choice_carries_its_report(url):
+    body = {"model": MODEL, "max_tokens": 6} | SAMPLES
+    whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    usage = {"stream_options": {"include_usage": True}}
+    chunks = chunks_of(url, "completions", SAMPLES | usage)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert all(("boe" in choice) == (choice["finish_reason"] is not None) for choice in choices)
+    reports = {choice["index"]: choice["boe"] for choice in choices if "boe" in choice}
+    assert reports == {n: choice["boe"] for n, choice in enumerate(whole["choices"])}
+    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+def test_a_stream_says_which_answer_was_chosen(url):
+    chosen = {"n": 3, "temperature": 1.0, "seed": 1, "vllm_xargs": {"choices": '["7", "30"]'}}
+    chunks = chunks_of(url, "completions", {"prompt": "A:1+2="} | chosen)
+    texts = dict.fromkeys(range(3), "")
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    found = {c["index"]: c["boe"] for chunk in chunks for c in chunk["choices"] if "boe" in c}
+    assert texts == {n: ["7", "30"][found[n]["choices"]["index"]] for n in range(3)}
+
+
+MEAN = {"messages": [{"role": "user", "content": "What does <|mdm_mask|> mean?"}], "seed": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chats_messages_are_written_only_if_it_says_so(url, stream):
+    for fields, runs in (({}, 0), ({"infill": "true"}, 1), ({"infill": False}, 0)):
+        body = {"model": MODEL, "max_tokens": 6, "ignore_eos": True, "vllm_xargs": fields} | MEAN
+        if stream:
+            chunks = chunks_of(url, "chat/completions", body)
+            (report,) = [c["boe"] for chunk in chunks for c in chunk["choices"] if "boe" in c]
+        else:
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+            report = answer["choices"][0]["boe"]
+            assert answer["usage"]["completion_tokens"] == 6 + runs
+        assert len(report.get("infill", ())) == runs
+        assert report["denoising_steps"] == 6 + runs
+
+
+def test_masks_of_a_prompt_may_be_left(url):
+    body = {"model": MODEL, "prompt": "A:<|mdm_mask|>", "max_tokens": 4, "temperature": 0}
+    fields = {"infill": False}
+    answer = httpx.post(f"{url}/v1/completions", json=body | {"vllm_xargs": fields}).json()
+    assert "infill" not in answer["choices"][0]["boe"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("name", ["guided_json", "guided_regex", "guided_choice"])
+def test_fields_of_older_clients_are_refused(url, path, name):
+    prompt = MEAN if path.startswith("chat") else {"prompt": "A"}
+    body = {"model": MODEL, "max_tokens": 4, name: ["a"]} | prompt
+    answer = httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, name)
+    assert "structured_outputs" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_field_of_a_response_is_a_400(url, stream):
+    body = {"model": MODEL, "input": "A:1+2=", "max_output_tokens": 4, "stream": stream}
+    answer = httpx.post(f"{url}/v1/responses", json=body | {"vllm_xargs": {"rho": 7}}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "rho")
+    assert httpx.post(f"{url}/v1/responses", json=body, timeout=60).status_code == 200
+
+
+# ---- grammars ------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer"},
+        "member": {"type": "boolean"},
+        "level": {"enum": ["low", "mid", "high"]},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+        "home": {
+            "type": "object",
+            "properties": {
+                "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+                "floor": {"type": ["integer", "null"]},
+            },
+            "required": ["zip", "floor"],
+        },
+    },
+    "required": ["name", "age", "member", "level", "tags", "home"],
+}
+
+
+def as_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize("policy", ["confidence", "boe", "joint"])
+def test_json_that_a_schema_asks_for_parses(url, policy):
+    """Eight fields with nesting, at temperature 1, in a stream and not, beside free requests."""
+    free = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 8, "seed": 5}
+    alone = httpx.post(f"{url}/v1/completions", json=free, timeout=60).json()["choices"][0]["text"]
+    body = {
+        "model": MODEL,
+        "prompt": "A:1+2=",
+        "max_tokens": 160,
+        "n": 3,
+        "seed": 1,
+        "temperature": 1.0,
+        "response_format": as_format(PERSON),
+        "vllm_xargs": {"policy": policy, "tokens_per_step": 8},
+    }
+    with ThreadPoolExecutor() as pool:
+        beside = [pool.submit(httpx.post, f"{url}/v1/completions", json=free) for _ in range(3)]
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+    choices = answer["choices"]
+    for choice in choices:
+        jsonschema.validate(json.loads(choice["text"]), PERSON)
+        assert choice["boe"]["denoising_steps"] < 160
+    for one in beside:
+        assert one.result().json()["choices"][0]["text"] == alone
+    texts = [""] * 3
+    for chunk in chunks_of(url, "completions", body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in choices]
+
+
+def test_other_grammars_hold_too(url):
+    def text(**asked):
+        body = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 12, "temperature": 1.0, "seed": 2}
+        answer = httpx.post(f"{url}/v1/completions", json=body | asked, timeout=60).json()
+        return answer["choices"][0]["text"]
+
+    assert re.fullmatch(
+        "[ab]{3}(-[0-9]+)?", text(structured_outputs={"regex": "[ab]{3}(-[0-9]+)?"})
+    )
+    assert text(structured_outputs={"choice": ["yes", "no (1)"]}) in ("yes", "no (1)")
+    assert isinstance(json.loads(text(response_format={"type": "json_object"})), dict)
+    template = {"canvas_template": '["ab", 3]'}
+    assert text(structured_outputs={"regex": "a[a-z]{4}"}, vllm_xargs=template).startswith("ab")
+    assert text(structured_outputs={"regex": "^a+$"}, min_tokens=7).count("a") >= 7

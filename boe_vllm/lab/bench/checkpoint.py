@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from boe_vllm.lab.bench.common import DTYPES, UsageError
 from boe_vllm.models import build
 from boe_vllm.models.decoder import Decoder
-from boe_vllm.models.llada import LLaDAConfig
-from boe_vllm.models.weights import PREFIX
+from boe_vllm.models.llada import PREFIX, LLaDAConfig
 
 Tensors = dict[str, torch.Tensor]
 
@@ -23,7 +22,7 @@ def read_config(args: argparse.Namespace) -> LLaDAConfig:
     """The checkpoint's config, or that of the random model that the options describe."""
     if args.model is not None:
         try:
-            return build.read_config(args.model)
+            return read_llada(args.model)
         except ValueError as error:
             raise UsageError(f"--model: {error}") from error
     if args.vocab < 8:
@@ -40,6 +39,21 @@ def read_config(args: argparse.Namespace) -> LLaDAConfig:
         pad_token_id=args.vocab - 2,
         max_sequence_length=16384,
     )
+
+
+def read_llada(folder: str | Path) -> LLaDAConfig:
+    """A checkpoint's config, of the family that is measured.
+
+    Raises:
+        ValueError: for another family.
+    """
+    config = build.read_config(folder)
+    if not isinstance(config, LLaDAConfig):
+        raise ValueError(
+            f"expected a checkpoint of LLaDA's architecture, got {type(config).__name__}; the "
+            f"measurements know no other"
+        )
+    return config
 
 
 def read_tensors(args: argparse.Namespace, config: LLaDAConfig) -> Tensors:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import boe_vllm
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop
 from boe_vllm.lab.bench.passes import Recorder, Step
 from boe_vllm.lab.bench.scenarios import Fields
@@ -26,6 +25,7 @@ from boe_vllm.lab.tasks import get_task
 from boe_vllm.models.build import load_model, random_model
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.config import parse_sampler_config
 
 PUZZLES = ("sudoku6", "sudoku6-few", "addition")

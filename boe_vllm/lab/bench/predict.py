@@ -19,13 +19,13 @@ from typing import Any
 import boe_vllm
 from boe_vllm.lab.bench import common, costs
 from boe_vllm.lab.bench.ceilings import CARDS, Ceilings
+from boe_vllm.lab.bench.checkpoint import read_llada
 from boe_vllm.lab.bench.costs import Network, Prediction
 from boe_vllm.lab.bench.counted import Lengths, count_puzzles, count_random
 from boe_vllm.lab.bench.launches import CODES, CURRENT, Code
 from boe_vllm.lab.bench.passes import Step, layer_passes, layer_rows
 from boe_vllm.lab.bench.predict_check import compare
 from boe_vllm.lab.bench.scenarios import STEPS
-from boe_vllm.models.build import read_config
 from boe_vllm.models.llada import LLaDAConfig
 
 COMMON_OPTIONS = False
@@ -106,7 +106,7 @@ def _config(name: str) -> LLaDAConfig:
     if name in MODELS:
         return MODELS[name]
     try:
-        return read_config(boe_vllm.model_path(name))
+        return read_llada(boe_vllm.model_path(name))
     except ValueError as error:
         raise common.UsageError(f"--model: expected one of {list(MODELS)}, or: {error}") from error
 

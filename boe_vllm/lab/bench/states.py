@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
-from boe_vllm.decoding.canvas import SpecialTokens
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.lab.bench.flops import StepRows
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
+from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.plan import plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest

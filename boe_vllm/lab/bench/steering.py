@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.read_config(args)
     tensors = checkpoint.read_tensors(args, config)
     loop = open_loop(args, checkpoint.load_model(args, config, tensors))
-    dense = PlainLLaDA(config, tensors, dtype=loop.model.ln_f.dtype, device=args.device)
+    dtype = next(loop.model.parameters()).dtype
+    dense = PlainLLaDA(config, tensors, dtype=dtype, device=args.device)
     flops = NetworkFlops(config)
     blocks = args.blocks or ([args.block_length] if args.block_length else [32, 64])
     details: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from boe_vllm import TINY
+from boe_vllm import TINY, TINY_TEXT
 from boe_vllm.lab.eval.presets import CONTEST, Preset, preset_named
 from boe_vllm.lab.eval.settings import Settings
 from boe_vllm.lab.eval.variants import Variant, parse, parse_fields
@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_what(made: argparse.ArgumentParser) -> None:
     what = made.add_argument_group("what is run")
-    what.add_argument("--model", default=TINY, help="path or name; tiny is the bundled one")
+    what.add_argument(
+        "--model", default=TINY, help="path or name; tiny and tiny-text are the bundled ones"
+    )
     what.add_argument("--tasks", metavar="A,B,...", help="see below")
     what.add_argument(
         "--policies",
@@ -114,17 +116,17 @@ def read(args: argparse.Namespace) -> Settings:
     """
     table = _table(args)
     preset = preset_named(table) if table else None
-    tiny = args.model == TINY
+    bundled = args.model in (TINY, TINY_TEXT)
     _check(args, preset, table)
     lengths = _integers("--gen-length", args.gen_length)
-    if lengths is None and preset is not None and not tiny:
+    if lengths is None and preset is not None and not bundled:
         lengths = preset.gen_lengths
     rates = _integers("--tokens-per-step", args.tokens_per_step)
     variants = _variants(args.policies, preset)
     paired, against = _pairs(args, preset, [variant.label for variant in variants])
     return Settings(
         model=args.model,
-        tasks=_tasks(args.tasks, preset, tiny),
+        tasks=_tasks(args.tasks, preset, args.model),
         variants=variants,
         gen_lengths=lengths,
         tokens_per_step=rates or (preset.tokens_per_step if preset else (1,)),
@@ -168,7 +170,7 @@ def _check(args: argparse.Namespace, preset: Preset | None, table: str | None) -
         raise ValueError(
             f"--model: expected a folder, a name, or tiny; got no folder {args.model}; correct it"
         )
-    if table == "table 4" and args.scorer is None:
+    if table == "table 4" and args.scorer is None and args.model != TINY_TEXT:
         raise ValueError(
             "--scorer: expected the path of a causal language model for --table 4, got none; "
             "name one, such as the folder of gpt2-large"
@@ -206,10 +208,11 @@ def _pairs(
     return paired, against
 
 
-def _tasks(text: str | None, preset: Preset | None, tiny: bool) -> tuple[str, ...]:
+def _tasks(text: str | None, preset: Preset | None, model: str) -> tuple[str, ...]:
     if text is None:
         assert preset is not None
-        return preset.bundled if tiny else preset.tasks
+        bundled = {TINY: preset.bundled, TINY_TEXT: preset.of_text}
+        return bundled.get(model) or preset.tasks
     return _names("--tasks", text)
 
 

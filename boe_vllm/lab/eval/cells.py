@@ -113,5 +113,6 @@ def make_jobs(
 
 def item_seed(seed: int, item: Item) -> int:
     """The seed of an item's random numbers: the same in every cell, whatever else is run."""
-    text = f"{seed}/{item.task}/{item.prompt}".encode()
+    draw = f"/{item.draw}" if item.draw else ""
+    text = f"{seed}/{item.task}/{item.prompt}{draw}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -64,8 +64,9 @@ class Engine:
                     yield self._answer(held.pop(output.request_id), output)
 
     def _parameters(self, job: Job) -> SamplingParams:
-        whole = self._settings.whole_canvas
-        stops = () if whole else self._tasks[job.cell.task].stop
+        task = self._tasks[job.cell.task]
+        whole = self._settings.whole_canvas or task.goes_on
+        stops = () if whole else task.stop
         return SamplingParams(
             temperature=self._settings.temperature,
             max_tokens=job.cell.gen_length,
@@ -79,8 +80,10 @@ class Engine:
     def _answer(self, job: Job, output: Any) -> Answer:
         (completion,) = output.outputs
         tokens, text = list(completion.token_ids), completion.text
-        if self._settings.whole_canvas:
-            tokenizer = self._llm.get_tokenizer()
+        tokenizer = self._llm.get_tokenizer()
+        if self._tasks[job.cell.task].goes_on:
+            text = tokenizer.decode(tokens, skip_special_tokens=False)
+        elif self._settings.whole_canvas:
             shown = cut_at_end(tokens, tokenizer.eos_token_id)
             text = tokenizer.decode(shown, skip_special_tokens=True)
             text = cut_at_stops(text, self._tasks[job.cell.task].stop)

@@ -97,11 +97,13 @@ class InProcess:
         """The answer, if the request ends with this step; None if it goes on."""
         if result.report is None:
             return None
-        whole, end = self._settings.whole_canvas, self._denoiser.special.eos
-        stops = self._tasks[running.job.cell.task].stop
+        task, end = self._tasks[running.job.cell.task], self._denoiser.special.eos
+        whole, stops = self._settings.whole_canvas or task.goes_on, task.stop
         ends = ((), ()) if whole else ((end,), stops)
         tokens, text, reason = self._denoiser.cut(running.request, running.tokens, *ends)
-        if whole:
+        if task.goes_on:
+            text = self._denoiser.tokenizer.decode(tokens, skip_special_tokens=False)
+        elif whole:
             text = cut_at_stops(self._denoiser.decode(cut_at_end(tokens, end)), stops)
         if reason == "length" and not result.done and len(tokens) < running.request.max_tokens:
             return None

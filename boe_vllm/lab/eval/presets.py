@@ -25,6 +25,8 @@ class Preset:
     bundled: tuple[str, ...]
     """Tasks for the bundled checkpoint, each at its own canvas length."""
     variants: tuple[Variant, ...]
+    of_text: tuple[str, ...] | None = None
+    """Tasks for the bundled checkpoint of text; None takes `tasks`."""
     gen_lengths: tuple[int, ...]
     tokens_per_step: tuple[int, ...]
     temperature: float = 0.0
@@ -60,7 +62,8 @@ PRESETS = {
         title="Table 4: quality of text",
         tasks=("text",),
         bundled=("sudoku6-few",),
-        variants=_variants("random", "confidence", "remdm", PAPER, JOINT),
+        of_text=("stories",),
+        variants=_variants("ancestral", "remdm", "confidence", PAPER, "boe", JOINT),
         gen_lengths=(1024,),
         tokens_per_step=(8,),  # T = 128 steps of 1024 tokens
         temperature=1.0,

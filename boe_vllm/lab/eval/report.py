@@ -13,6 +13,7 @@ from boe_vllm.lab.eval.ledger import Ledger
 from boe_vllm.lab.eval.presets import preset_named
 from boe_vllm.lab.eval.settings import Settings, versions
 from boe_vllm.lab.tasks import FileTask, Item, Task
+from boe_vllm.lab.tasks.stories import Stories
 
 VIEWS = {
     "table 2": tables.methods_by_task,
@@ -26,6 +27,14 @@ NOTES = (
     "pass, and as few rows. Engine s: time of the engine; cells that ran together share it in "
     'proportion to the rows that they put through the network. Tokens/step "own": the policy '
     "decides.\n"
+)
+TOLD = (
+    "What the source says of the texts, with 95 % intervals: `possible`, the share of texts that "
+    "it can produce; `stories`, the same of their single stories; `first wrong`, words before the "
+    "first impossible one; `nats a word`, the exact surprise of the possible stories; `unigram "
+    "entropy` of the words within a text, nats; `distinct`, the share of different ones among the "
+    "stories that came to their end; `repeated`, the share of phrases of four words that stood in "
+    "the same text before. The row `source` is measured on as many texts of the source itself.\n"
 )
 PAIRS = (
     "Wins and losses: items that the first policy solves and the rival does not, and the other way "
@@ -59,6 +68,9 @@ def write(
     parts.append(f"    {command}\n")
     if settings.table in VIEWS:
         parts.append(VIEWS[settings.table](rows))
+    told = _told(tasks, items, cells, ledger)
+    if told:
+        parts += [tables.to_markdown(told), TOLD]
     if settings.scorer is not None:
         quality = _quality(settings, items, cells, ledger)
         (ledger.folder / "quality.csv").write_text(tables.to_csv(quality), encoding="utf-8")
@@ -75,6 +87,22 @@ def write(
     text = "\n".join(parts)
     (ledger.folder / "tables.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _told(
+    tasks: dict[str, Task], items: dict[str, list[Item]], cells: list[Cell], ledger: Ledger
+) -> list[tables.Row]:
+    """What the source of the stories says of every cell that has all its items, and of its own."""
+    rows: list[tables.Row] = []
+    for name in (name for name, task in tasks.items() if isinstance(task, Stories)):
+        texts = [item.answer.split() for item in items[name]]
+        rows.append(tables.told_row("source", None, texts))
+        for cell in (cell for cell in cells if cell.task == name):
+            keys = [(cell.key, index) for index in range(len(texts))]
+            if all(key in ledger.records for key in keys):
+                own = [ledger.records[key]["text"].split() for key in keys]
+                rows.append(tables.told_row(cell.label, cell.tokens_per_step, own))
+    return rows
 
 
 def _outcomes(

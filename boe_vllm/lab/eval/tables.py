@@ -13,6 +13,7 @@ from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.cells import Cell
 from boe_vllm.lab.eval.presets import own_rate
 from boe_vllm.lab.eval.statistics import mean, wilson
+from boe_vllm.lab.tasks import stories
 
 Row = dict[str, Any]
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -136,6 +137,16 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value).replace("|", "\\|")
+
+
+def told_row(label: str, rate: int | None, texts: Sequence[Sequence[str]]) -> Row:
+    """One line of what the source of the stories says of texts; shares with Wilson's interval."""
+    found = stories.figures(texts)
+    possible = round(found["possible"] * len(texts))  # type: ignore[operator]
+    low, high = wilson(possible, len(texts))
+    share = f"{percent(possible / len(texts))} % ({percent(low)} to {percent(high)})"
+    shown = {k: str(v) if isinstance(v, stories.Mean) else v for k, v in found.items()}
+    return {"policy": label, "tokens/step": rate, **shown, "possible": share}
 
 
 def percent(value: float | None) -> str:

@@ -11,6 +11,7 @@ from boe_vllm.lab.tasks.gsm8k import GSM8K
 from boe_vllm.lab.tasks.humaneval import HumanEval
 from boe_vllm.lab.tasks.math500 import MATH500
 from boe_vllm.lab.tasks.mbpp import MBPP
+from boe_vllm.lab.tasks.stories import Stories
 from boe_vllm.lab.tasks.sudoku import Sudoku4, Sudoku4Few, Sudoku6, Sudoku6Few
 from boe_vllm.lab.tasks.sudoku_file import SudokuFile
 from boe_vllm.lab.tasks.text import Text
@@ -19,6 +20,8 @@ TASKS: dict[str, GeneratedTask] = {
     task.name: task
     for task in (Sudoku4(), Sudoku4Few(), Sudoku6(), Sudoku6Few(), Countdown(), Addition())
 }
+TEXT_TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Stories(),)}
+"""For the bundled model of text."""
 FILE_TASKS: dict[str, type[FileTask]] = {
     task.name: task for task in (GSM8K, MATH500, HumanEval, MBPP, SudokuFile, CountdownFile, Text)
 }
@@ -26,6 +29,7 @@ FILE_TASKS: dict[str, type[FileTask]] = {
 __all__ = [
     "FILE_TASKS",
     "TASKS",
+    "TEXT_TASKS",
     "Dialect",
     "FileTask",
     "GeneratedTask",
@@ -57,15 +61,16 @@ def open_task(name: str, data: str | Path | None = None, *, dialect: Dialect = "
     Raises:
         ValueError: for an unknown name, a missing file, or rules that the task does not have.
     """
-    if name in TASKS:
+    generated = TASKS | TEXT_TASKS
+    if name in generated:
         if dialect != "strict":
             raise ValueError(
                 f"grader: expected strict for the generated task {name!r}, got {dialect!r}; leave "
                 f"it out"
             )
-        return TASKS[name]
+        return generated[name]
     if name not in FILE_TASKS:
-        known = ", ".join([*TASKS, *FILE_TASKS])
+        known = ", ".join([*generated, *FILE_TASKS])
         raise ValueError(f"task: expected one of {known}; got {name!r}; choose one of them")
     task = FILE_TASKS[name]
     if data is None:

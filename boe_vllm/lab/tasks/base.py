@@ -27,6 +27,8 @@ class Item:
     """Text given to the model, up to where the answer follows (`=` in generated tasks)."""
     answer: str
     """One right answer, without EOS; other right answers may exist."""
+    draw: int = 0
+    """Which of several items of one prompt: each has random numbers of its own."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Facts the prompt is made of (terms, target, clue count), for reports."""
 
@@ -64,6 +66,9 @@ class Task(ABC):
     """Where the prompt comes from."""
     judged: ClassVar[bool] = True
     """Whether an answer can be right or wrong; False for free text."""
+    goes_on: ClassVar[bool] = False
+    """Whether a text goes on after an end of text, so that it is decoded and judged to the end of
+    its canvas, ends of text among its words."""
     slow_score: ClassVar[bool] = False
     """Whether scoring may take long (it runs programs): score away from the decoding loop."""
 
