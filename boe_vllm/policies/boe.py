@@ -77,6 +77,7 @@ class BoEPolicy(Policy[BoEConfig]):
         first = bounded_prefix(view.entropy, scores, config.gamma)
         if len(first) == 1 and len(scores) > 1 and not sure(view, first, config):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))
+            assert pivot.scores is not None
             first, scores = pivot.chosen, pivot.scores
         chosen, tokens = yield from bounded_set(
             view,

@@ -37,11 +37,8 @@ class CompositionConfig(RemaskingConfig):
     remask: Literal["none", "remdm"] = "none"
     """Whether written tokens may be masked again: "remdm" draws them by the ReMDM rule, whose
     settings are the other fields of this kind."""
-    commit: Literal["quota", "eb", "threshold"] | None = None
-    """How many positions of the policy's order are written: as many as the frame's schedule has
-    due ("quota"), the longest prefix within the entropy bound `gamma` ("eb"), or the longest prefix
-    of tokens that reach `threshold`; at least one. Choices of whole sets are cut to that prefix and
-    never grow beyond what is due. Default: "quota"."""
+    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    """How many positions are written; each policy says what it offers."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
     """Bound of `commit` "eb" on `sum H - max H` of the tokens written together, nats. Default: that
     of the policy `eb`."""

@@ -42,6 +42,11 @@ class PairwiseConfig(CompositionConfig):
     preset: Literal["exact"] | None = None
     """Named settings, which replace the server's; fields given beside it go on top. `exact`
     measures the coupling on all masked rows."""
+    commit: Literal["quota", "eb", "threshold"] | None = None
+    """How many positions of the policy's order are written: as many as the frame's schedule has
+    due ("quota"), the longest prefix within the entropy bound `gamma` ("eb"), or the longest prefix
+    of tokens that reach `threshold`; at least one. Choices of whole sets are cut to that prefix and
+    never grow beyond what is due. Default: "quota"."""
     coupling: Estimator = "pairs"
     """How the dependence of two proposals is estimated: by writing one and looking at all masked
     rows ("exact") or at the pool's ("pairs"), or from the step's own attention, with the smaller

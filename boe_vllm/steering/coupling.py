@@ -87,18 +87,23 @@ class Attention(Query[FloatArray]):
     ) -> list[QueryResult[FloatArray]]:
         """Read off the step's own pass."""
         assert current.saved is not None
-        results = []
+        transfer, heads = Transfer(current.device), current.model.config.shape().heads
+        indices = []
         for s, query in queries:
-            transfer = Transfer(current.device)
             place = current.place(s)
             read = current.saved_rows(place, current.read_rows(place, query.index))
-            rows = transfer.add(read)
-            columns = transfer.add(query.index)
-            count = max(1, round(query.layers * len(current.saved.layers)))
-            total = _attention_between(current, s, rows.tensor, columns.tensor, count)
-            mean = total.double().cpu().numpy() / (count * current.model.config.shape().heads)
-            results.append(QueryResult(value=mean))
-        return results
+            indices.append((transfer.add(read), transfer.add(query.index)))
+        means = []
+        for (s, query), (rows, columns) in zip(queries, indices, strict=True):
+            last = max(1, round(query.layers * len(current.saved.layers)))
+            total = _attention_between(current, s, rows.tensor, columns.tensor, last)
+            means.append(total.double().flatten() / (last * heads))
+        host = torch.cat(means).cpu().numpy()
+        ends = np.cumsum([mean.numel() for mean in means])
+        return [
+            QueryResult(value=own.reshape(len(query.index), -1))
+            for own, (_, query) in zip(np.split(host, ends[:-1]), queries, strict=True)
+        ]
 
 
 # ---- measured on hypothetical states -------------------------------------------------------------

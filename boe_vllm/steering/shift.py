@@ -10,9 +10,12 @@ import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
+from boe_vllm.models.rows import RowLayout
+from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.lookahead import (
     Lookahead,
     SoftWrites,
+    State,
     state_batches,
     state_log_probs,
     states_of,
@@ -41,24 +44,31 @@ class Shift(Query[FloatArray]):
         states = [
             state for n, (s, query) in enumerate(ahead) for state in states_of(current, n, s, query)
         ]
-        soft, results = SoftWrites(current, ahead), []
+        soft, values = SoftWrites(current, ahead), []
         for batch in state_batches(current, states):
-            log_probs, layout = state_log_probs(current, batch, soft)
-            for n, state in enumerate(batch):
-                before = current.logit_rows(state.sequence, state.index)
-                after = layout.logit_starts[n] + np.arange(len(state.index))
-                transfer, found = Transfer(current.device), []
-                for places, new in log_probs.rows(after, transfer):
-                    tiles = current.log_probs.rows(before[places], transfer)
-                    old = torch.cat([tile for _, tile in tiles])
-                    found.append((old.exp() * (old - new)).sum(-1))
-                value = np.zeros(len(current.sequences[state.sequence].logit_positions))
-                if found:
-                    value[state.index] = torch.cat(found).double().cpu().numpy()
-                passes = current.passes(state.sequence)
-                results.append(
-                    QueryResult(
-                        value=value, forwards=passes, rows_forward=passes * state.rows.live_rows
-                    )
-                )
+            values += _shifts(current, batch, *state_log_probs(current, batch, soft))
+        results = []
+        for state, value in zip(states, values, strict=True):
+            passes = current.passes(state.sequence)
+            rows = passes * state.rows.live_rows
+            results.append(QueryResult(value=value, forwards=passes, rows_forward=rows))
         return results
+
+
+def _shifts(
+    current: DenoisingPass, states: Sequence[State], log_probs: LogProbabilities, layout: RowLayout
+) -> list[FloatArray]:
+    """[M] for each state, with one read for all."""
+    before = [current.logit_rows(state.sequence, state.index) for state in states]
+    after = [layout.logit_starts[n] + np.arange(len(s.index)) for n, s in enumerate(states)]
+    old_rows, transfer, found = np.concatenate(before), Transfer(current.device), []
+    for places, new in log_probs.rows(np.concatenate(after), transfer):
+        old = torch.cat([tile for _, tile in current.log_probs.rows(old_rows[places], transfer)])
+        found.append((old.exp() * (old - new)).sum(-1))
+    host = torch.cat(found).double().cpu().numpy() if found else np.empty(0)
+    values, ends = [], np.cumsum([len(state.index) for state in states])
+    for state, moved in zip(states, np.split(host, ends[:-1]), strict=True):
+        value = np.zeros(len(current.sequences[state.sequence].logit_positions))
+        value[state.index] = moved
+        values.append(value)
+    return values

@@ -122,7 +122,7 @@ def table(
         one = next((p for p in of_task if p.label == f"{SEQUENTIAL}, 1 a step"), None)
         for p in of_task:
             low, high = wilson(sum(p.valid), len(p.valid))
-            comparable = one is not None and len(one.valid) == len(p.valid)
+            against = None if one is None or len(one.valid) != len(p.valid) else one.valid
             rows.append(
                 {
                     "task": task,
@@ -133,7 +133,7 @@ def table(
                     "passes": f"{p.passes:.2f}",
                     "rows": f"{p.rows:.0f}",
                     "front": ", ".join(cost for cost in COSTS if p.label in on[cost]) or "-",
-                    "p, one a step": f"{mcnemar(p.valid, one.valid)[2]:.2g}" if comparable else "-",
+                    "p, one a step": f"{mcnemar(p.valid, against)[2]:.2g}" if against else "-",
                 }
                 | (
                     {}
@@ -157,11 +157,13 @@ def draw(own: Sequence[Point], cost: Cost) -> Figure:
             scale(axis)
         axes[0].set_ylabel("right answers (%), 95 % interval")
         made.supxlabel(COSTS[cost], fontsize=10)
-        keys = {}
+        keys: dict[str, Any] = {}
         for axis in axes:
             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                 keys.setdefault(name, handle)
-        made.legend(keys.values(), keys, loc="outside upper center", ncols=min(len(keys), 7))
+        made.legend(
+            list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 7)
+        )
     return made
 
 
