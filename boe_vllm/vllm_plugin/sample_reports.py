@@ -28,6 +28,7 @@ FIELD = "boe"
 
 Report: TypeAlias = Mapping[str, Any]
 _OF_PARENT = "_boe_vllm_reports"
+_CANVASES = "_boe_vllm_canvases"
 _EVENT = "data: "
 
 
@@ -81,6 +82,8 @@ def _make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if self.parent_req is not None:
             kv_transfer_params = _together(self.parent_req, self.request_index, kv_transfer_params)
+        owner = self if self.parent_req is None else self.parent_req
+        kv_transfer_params = _with_canvases(owner, self.request_index, kv_transfer_params)
         given = (new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params)
         return original(self, *given, *args, **kwargs)
 
@@ -96,6 +99,15 @@ def _together(parent: Any, index: int, params: dict[str, Any] | None) -> dict[st
         return params
     first = reports[min(reports)]
     return {**(params or {}), REPORT_KEY: first, SAMPLES_KEY: dict(sorted(reports.items()))}
+
+
+def _with_canvases(owner: Any, index: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The params with the last snapshots of all samples: of outputs that a client has not taken in
+    yet vLLM keeps the last one's params only."""
+    canvases: dict[int, Any] = vars(owner).setdefault(_CANVASES, {})
+    if params and CANVAS_KEY in params:
+        canvases[index] = params[CANVAS_KEY]
+    return {**(params or {}), CANVAS_KEY: dict(canvases)} if canvases else params
 
 
 # ---- from a request's outputs to the response ----------------------------------------------------
@@ -169,12 +181,12 @@ class _Stream:
     def note(self, prompt: int, output: RequestOutput) -> None:
         """An output is about to become chunks."""
         reports = reports_of(output)
+        if self.snapshots is not None:
+            self.snapshots.note(prompt * self.samples, output)
         for completion in output.outputs:
             choice = completion.index + prompt * self.samples
             if completion.finish_reason is not None and completion.index in reports:
                 self.waiting[choice] = reports[completion.index]
-            if self.snapshots is not None:
-                self.snapshots.note(choice, output)
 
     def completed(self, event: str) -> str:
         """An event with what belongs into it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from vllm.outputs import RequestOutput
@@ -27,12 +27,22 @@ class SnapshotEvents:
         self.tokenizer = tokenizer
         self.waiting: asyncio.Queue[str] = asyncio.Queue()
         self._texts: dict[int, str] = {}
+        self._steps: dict[int, int] = {}  # of each choice's last snapshot
 
-    def note(self, choice: int, output: RequestOutput) -> None:
-        """An output has come, perhaps with a snapshot of a choice's canvas."""
-        taken = (output.kv_transfer_params or {}).get(CANVAS_KEY)
-        if taken is None:
-            return
+    def note(self, first: int, output: RequestOutput) -> None:
+        """An output has come, perhaps with new snapshots.
+
+        Args:
+            first: the choice of its first sample.
+            output: of a request, with the last snapshot of each of its samples.
+        """
+        taken = (output.kv_transfer_params or {}).get(CANVAS_KEY, {})
+        for index, snapshot in taken.items():
+            if self._steps.get(first + index) != snapshot["step"]:
+                self._steps[first + index] = snapshot["step"]
+                self._send(first + index, snapshot)
+
+    def _send(self, choice: int, taken: Mapping[str, Any]) -> None:
         canvas = {"index": choice, **taken, "texts": [self._text(t) for t in taken["tokens"]]}
         if "proposals" in taken:
             canvas["proposals"] = [self._text(token) for token in taken["proposals"]]

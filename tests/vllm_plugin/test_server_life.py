@@ -217,6 +217,12 @@ def test_one_watches_canvases_fill_in_a_browser(url):
     assert all("400" in problem for problem in problems), problems
 
 
+def running(url):
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    found = [line for line in lines if line.startswith("vllm:num_requests_running")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
 def test_at_sigterm_clients_are_told_and_the_server_ends(url):
     waiting = {}
 
@@ -226,14 +232,15 @@ def test_at_sigterm_clients_are_told_and_the_server_ends(url):
 
     plain = threading.Thread(target=wait)
     plain.start()
-    lines = []
+    lines, told = [], False
     with httpx.stream(
         "POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=120
     ) as answer:
         for line in filter(None, answer.iter_lines()):
             lines.append(line)
-            if len(lines) == 1:
+            if not told and running(url) == 2:
                 url.process.send_signal(signal.SIGTERM)
+                told = True
     plain.join(120)
     assert url.process.wait(120) == 0
     print(f"\nstreaming client: {lines[-2:]}\nwaiting client: {waiting}")
