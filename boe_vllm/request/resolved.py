@@ -126,8 +126,8 @@ def _to_plain(value: Any) -> Any:
 
 def _constraints(wire: Mapping[str, Any], grammar: str | None) -> TokenConstraints:
     everywhere = dict(wire["everywhere"])
-    for name in ("allowed_token_ids", "banned_token_ids", "biased_token_ids"):
-        if everywhere[name] is not None:
+    for name in everywhere:
+        if name.endswith("token_ids") and everywhere[name] is not None:
             everywhere[name] = np.array(everywhere[name], np.int64)
     everywhere["logit_bias"] = np.array(everywhere["logit_bias"], np.float64)
     return TokenConstraints(
