@@ -13,6 +13,7 @@ from boe_vllm.request.limits import BUDGET_MB, EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, tokens_due
 from boe_vllm.request.resolve import SamplingFields, resolve
 from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 MASK, EOS = 49, 1
 
@@ -204,3 +205,21 @@ def test_a_server_may_leave_the_budget_to_the_device():
     assert EngineSettings().budget_bytes("cpu") == BUDGET_MB["cpu"] * 2**20 == 2**28
     assert EngineSettings().budget_bytes("cuda") == 2**31
     assert EngineSettings(logits_budget_mb=3).budget_bytes("cuda") == 3 * 2**20
+
+
+def test_a_constraint_comes_over_the_wire_as_it_was():
+    """Arrays stay arrays, whatever the field: a list would end the engine at the first step."""
+    ids = np.array([3, 4])
+    everywhere = Constraint(
+        allowed_token_ids=ids, banned_token_ids=ids, biased_token_ids=ids,
+        logit_bias=np.array([1.0, 2.0]), discounted_token_ids=ids,
+    )  # fmt: skip
+    for constraint in (everywhere, Constraint()):
+        constraints = TokenConstraints(everywhere=constraint)
+        sent = dataclasses.replace(resolved(max_tokens=4), constraints=constraints)
+        got = ResolvedRequest.from_wire(json.loads(json.dumps(sent.to_wire())))
+        for field in dataclasses.fields(Constraint):
+            before = getattr(constraint, field.name)
+            after = getattr(got.constraints.everywhere, field.name)
+            assert type(after) is type(before), field.name
+            assert np.array_equal(after, before) if isinstance(before, np.ndarray) else True
