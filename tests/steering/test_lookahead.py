@@ -15,7 +15,7 @@ from toy import Driven, Toy, label, steps_by
 
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import pack
-from boe_vllm.policies.base import Commit, Policy
+from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.sampling import randomness
 from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.constraints import TokenConstraints
@@ -282,7 +282,7 @@ def test_a_carry_of_another_state_is_an_error():
             )
             return Commit(chosen=np.array([1, 2]), carry=prospect.carry)
 
-    driven = Driven(Toy(0), {"gen_length": 6}, [1], 6, policy=Wrong(None))
+    driven = Driven(Toy(0), {"gen_length": 6}, [1], 6, policy=Wrong(PolicyConfig()))
     with pytest.raises(
         ValueError, match="carried a prediction of another state: expected one of 4"
     ):

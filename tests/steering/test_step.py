@@ -10,7 +10,7 @@ from test_lookahead import dense_state, networks, with_next_steps  # noqa: F401
 from test_loop import MASK, make_loop, params_of
 
 from boe_vllm.models.rows import pack
-from boe_vllm.policies.base import Commit, Needs, Policy
+from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig
 from boe_vllm.steering.chain import Conditional
 from boe_vllm.steering.change import PredictionChange
 from boe_vllm.steering.coupling import Coupling
@@ -131,7 +131,7 @@ def test_asking_a_forward_that_did_not_run_fails_that_request_alone(networks):  
         fields = {"policy": "boe", "block_length": 4}
         fields |= {"cfg_scale": 1.0} if name == "guided" else {}
         loop.add(name, [1, 2], params_of(fields, prompt_len=2, max_tokens=4))
-    loop.canvases["forgetful"].policy = Forgetful(None)
+    loop.canvases["forgetful"].policy = Forgetful(PolicyConfig())
     for result in loop.step(["guided", "forgetful"]).values():
         assert result.error is None
     results = loop.step(["guided", "forgetful"])
