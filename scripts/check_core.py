@@ -24,8 +24,9 @@ ROOMS = (
     "decoding",
 )
 """Rooms all of whose modules work without vLLM."""
-TRITON = "boe_vllm.models.kernels"
-"""Works where Triton is, which comes with PyTorch for CUDA; nothing needs it elsewhere."""
+NEEDS = {"boe_vllm.models.kernels": "triton", "boe_vllm.request.regex_compiler": "outlines_core"}
+"""Modules that work where something is installed that comes with PyTorch for CUDA, or with vLLM;
+nothing else imports them elsewhere."""
 LIGHT = ("cli", "lab.eval", "lab.bench", "lab.tasks.sudoku")
 LAZY = ("vllm_plugin.plugin", "vllm_plugin.hooks")
 """Modules of other rooms that do: they import vLLM only when they are used."""
@@ -44,14 +45,15 @@ def core_modules() -> list[str]:
         names.append(package.__name__)
         found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         names += [module.name for module in found]
-    return [name for name in names if has_triton() or not name.startswith(TRITON)]
+    lacking = tuple(name for name, needed in NEEDS.items() if not installed(needed))
+    return [name for name in names if not name.startswith(lacking)]
 
 
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    if sys.modules.get("triton", True) is None:  # hidden by a test
+def installed(name: str) -> bool:
+    """Whether a package can be imported."""
+    if sys.modules.get(name, True) is None:  # hidden by a test
         return False
-    return importlib.util.find_spec("triton") is not None
+    return importlib.util.find_spec(name) is not None
 
 
 def import_rooms() -> None:
