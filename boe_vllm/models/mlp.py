@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from boe_vllm.models.functional import Scratch, accurate, swiglu_, swiglu_backward
+from boe_vllm.models import plain
+from boe_vllm.models.functional import Scratch, swiglu_, swiglu_backward
 from boe_vllm.models.layers import Layers
 from boe_vllm.models.products import matmul_rows
 
@@ -81,11 +81,10 @@ class GeluMlp(nn.Module):
         """As `Mlp`; what is saved are the pre-activations, [A, F]."""
         up = matmul_rows(normed_ND, self.up_proj.weight.t(), scratch).add_(self.up_bias)
         saved = None if saved_A is None else up[saved_A]
-        active = F.gelu(accurate(up), approximate="tanh").to(up.dtype)
+        active = plain.gelu(up)
         return matmul_rows(active, self.ff_out.weight.t()).add_(self.out_bias), saved
 
     def backward(self, dy_AD: Tensor, saved: Tensor) -> Tensor:
         """As `Mlp`."""
-        dactive = accurate(matmul_rows(dy_AD, self.ff_out.weight))
-        dup = torch.ops.aten.gelu_backward(dactive, accurate(saved), approximate="tanh")
-        return matmul_rows(dup.to(dy_AD.dtype), self.up_proj.weight)
+        dactive = matmul_rows(dy_AD, self.ff_out.weight)
+        return matmul_rows(plain.gelu_backward(dactive, saved), self.up_proj.weight)

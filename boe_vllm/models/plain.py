@@ -3,6 +3,10 @@
 Normalisation, rotation and the activation are computed in float32, or in float64 for float64
 inputs, as LLaDA's own code does. Pieces work in place where they can.
 
+PyTorch's own SiLU, sigmoid and GELU take the last elements of a thread's share by other
+instructions, whose last bit may differ, so that a row would know where it lies in a batch. Its exp
+and tanh do not: the activations are made of these.
+
 Legend: `N` any rows, `D` width, `H`/`G` heads of queries/keys, `P` head size, `p` half of it,
 `F` MLP width, `E` width of queries, keys and values side by side, `T` packed new rows, `K` packed
 older rows of keys, `R` logit rows, `V` vocabulary.
@@ -10,10 +14,13 @@ older rows of keys, `R` logit rows, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 
 Tensor = torch.Tensor
+
+_GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def accurate(x: Tensor) -> Tensor:
@@ -86,7 +93,9 @@ def join_rotated_back(
 def swiglu_(gate_up_N2F: Tensor) -> Tensor:
     """`silu(gate) * up`, [N, F], of the two halves, in the place of the first."""
     gate, up = gate_up_N2F.chunk(2, dim=-1)
-    return F.silu(gate, inplace=True).mul_(up)
+    exact = accurate(gate)
+    gate.copy_(exact.div_(exact.neg().exp_().add_(1)))
+    return gate.mul_(up)
 
 
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
@@ -95,9 +104,30 @@ def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor) -> Tensor:
     dy = accurate(dy_NF)
     gradient = torch.empty_like(gate_up_N2F, dtype=dy.dtype)
     dgate, dup = gradient.chunk(2, dim=-1)
-    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-    torch.mul(dy, F.silu(gate), out=dup)
+    sigmoid = gate.neg().exp_().add_(1).reciprocal_()
+    silu = torch.mul(gate, sigmoid, out=dup)
+    torch.addcmul(silu, silu, sigmoid, value=-1, out=dgate).add_(sigmoid).mul_(up).mul_(dy)
+    silu.mul_(dy)
     return gradient.to(dy_NF.dtype)
+
+
+def gelu(x_NF: Tensor) -> Tensor:
+    """The tanh form of GELU, [N, F] in the dtype of `x`."""
+    x = accurate(x_NF)
+    return (_tanh_of_gelu(x).add_(1).mul_(x).mul_(0.5)).to(x_NF.dtype)
+
+
+def gelu_backward(dy_NF: Tensor, x_NF: Tensor) -> Tensor:
+    """Gradient of `gelu`, [N, F] in the dtype of `dy`."""
+    x, dy = accurate(x_NF), accurate(dy_NF)
+    tanh = _tanh_of_gelu(x)
+    inner = x.square().mul_(3 * _CUBIC).add_(1).mul_(_GELU)
+    slope = (1 - tanh.square()).mul_(x).mul_(inner).add_(tanh).add_(1).mul_(0.5)
+    return slope.mul_(dy).to(dy_NF.dtype)
+
+
+def _tanh_of_gelu(x_NF: Tensor) -> Tensor:
+    return x_NF.square().mul_(_CUBIC).add_(1).mul_(x_NF).mul_(_GELU).tanh_()
 
 
 def chosen_rows(

@@ -142,8 +142,7 @@ class BoEConfig(CompositionConfig):
     """How many positions are written: what the bound `gamma` allows, in the step's own prediction
     and then in a partial one, as `joint` does; where it allows but one that is not sure, that one
     is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
-    "threshold"). Default: "rounds", and "quota" where the request says `tokens_per_step` or
-    `steps`, or `remask`, or `sets` "top"."""
+    "threshold"). Default: "quota", with which every undecided step runs its backward."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
     rounds: Annotated[int, Field(ge=0, le=64)] = 1
@@ -159,8 +158,7 @@ class BoEConfig(CompositionConfig):
     @property
     def adapts(self) -> bool:
         """Whether a bound with partial rounds decides how many are written."""
-        by_default = self.commit is None and self.remask == "none" and self.sets == "chain"
-        return self.commit == "rounds" or by_default
+        return self.commit == "rounds"
 
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)

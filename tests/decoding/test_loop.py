@@ -81,7 +81,7 @@ def label(fields):
     return "-".join(map(str, fields.values()))[:40]
 
 
-def check_alone_and_among_32_others(model, fields, temperature):
+def check_alone_and_among_16_others(model, fields, temperature):
     rng = np.random.default_rng(5)
     prompt = rng.integers(0, 25, 9).tolist()
     params = params_of(
@@ -96,7 +96,7 @@ def check_alone_and_among_32_others(model, fields, temperature):
     want_tokens, want_reports = finish(alone)
 
     crowd = make_loop(model)
-    others = iter(range(32))
+    others = iter(range(16))
 
     def join(count):
         for _, n in zip(range(count), others, strict=False):
@@ -113,7 +113,7 @@ def check_alone_and_among_32_others(model, fields, temperature):
                 ),
             )
 
-    join(20)
+    join(10)
     tokens, reports = {}, {}
     for step in range(500):
         if step == 2:
@@ -134,9 +134,43 @@ def check_alone_and_among_32_others(model, fields, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("fields", VARIANTS, ids=label)
-def test_a_request_is_the_same_alone_and_among_32_others(model, fields, temperature):
-    check_alone_and_among_32_others(model, fields, temperature)
+def test_every_request_is_the_same_alone_and_in_a_crowd_that_changes(model, temperature):
+    rng = np.random.default_rng(5)
+    asked = {}
+    for n, fields in enumerate(VARIANTS):
+        length = int(rng.integers(1, 60))
+        more = {"tokens_per_step": int(rng.integers(1, 5)), "block_length": 8, "trace": True}
+        params = params_of(
+            fields | more,
+            prompt_len=length,
+            max_tokens=int(rng.integers(8, 33)),
+            temperature=temperature,
+            seed=n,
+        )
+        asked[str(n)] = rng.integers(0, 25, length).tolist(), params
+    crowd, tokens, reports = make_loop(model), {}, {}
+    waiting = list(asked)
+    for step in range(500):
+        for request_id in [waiting.pop() for _ in range(1 if step else 20) if waiting]:
+            crowd.add(request_id, *asked[request_id])
+        crowd.add(f"left{step}", [1, 2, 3], asked["0"][1])
+        if step > 2:
+            crowd.remove(f"left{step - 2}")
+        for request_id, result in crowd.step(list(crowd.canvases)).items():
+            tokens.setdefault(request_id, []).extend(result.tokens)
+            if result.done and request_id in asked:
+                reports[request_id] = result.report
+                crowd.remove(request_id)
+        if len(reports) == len(asked):
+            break
+    for n, request_id in enumerate(asked):
+        alone = make_loop(model)
+        alone.add(request_id, *asked[request_id])
+        own, report = finish(alone)
+        assert (own[request_id], report[request_id]) == (
+            tokens[request_id],
+            reports[request_id],
+        ), VARIANTS[n]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
@@ -159,7 +193,7 @@ def wide_model(request):
     ids=label,
 )
 def test_that_holds_for_wide_networks_too(wide_model, fields):
-    check_alone_and_among_32_others(wide_model, fields, temperature=0.0)
+    check_alone_and_among_16_others(wide_model, fields, temperature=0.0)
 
 
 @pytest.mark.parametrize("steps, tokens_per_step", [(6, None), (None, 3), (None, 1), (24, None)])

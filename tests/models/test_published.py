@@ -114,7 +114,7 @@ def answer_of(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in CHEAP else pytest.mark.widths) for name in SHAPES],
+    [pytest.param(name, marks=() if name in CHEAP else pytest.mark.costly) for name in SHAPES],
 )
 def test_a_short_request_is_steered_at_the_real_widths(name):
     answer_of(name)

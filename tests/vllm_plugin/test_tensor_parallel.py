@@ -95,6 +95,7 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path):
         assert a == b, fields
 
 
+@pytest.mark.costly
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, one per rank")
 @pytest.mark.parametrize("family", ["dream", "llada-moe"])
