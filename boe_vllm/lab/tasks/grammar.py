@@ -19,11 +19,10 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from boe_vllm.base.arrays import FloatArray, IntArray
+if TYPE_CHECKING:
+    from boe_vllm.base.arrays import FloatArray, IntArray
 
 Memory = Mapping[str, Any]
 Alternative = tuple[float, str, Mapping[str, Any]]
@@ -143,6 +142,8 @@ class Grammar:
     def entropies(self, words: int) -> FloatArray:
         """[n] the entropy of each of the first `n` words of the stream given those before it, nats;
         exact, by following the distribution of the state."""
+        import numpy as np
+
         chain = self._chain()
         mass = np.zeros(len(chain.entropy_S))
         mass[0] = 1.0
@@ -154,6 +155,8 @@ class Grammar:
 
     def text_entropy(self) -> tuple[float, float]:
         """Entropy of one text of the stream, nats, and its mean length in words; exact."""
+        import numpy as np
+
         chain = self._chain()
         mass = np.zeros(len(chain.entropy_S))
         mass[0] = 1.0
@@ -177,6 +180,8 @@ class Grammar:
 
     def _chain(self) -> Chain:
         """The Markov chain of the representatives; its first state is the start of a text."""
+        import numpy as np
+
         index = {State(): 0}
         waiting = [State()]
         edges: list[tuple[int, int, float]] = []
@@ -206,5 +211,7 @@ class Chain:
 
     def step(self, mass_S: FloatArray) -> FloatArray:
         """The distribution of the next state."""
+        import numpy as np
+
         weights = mass_S[self.before_E] * self.p_E
         return np.bincount(self.after_E, weights, minlength=len(mass_S)).astype(np.float64)
