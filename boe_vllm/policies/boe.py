@@ -18,7 +18,7 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, certainty, log, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
-from boe_vllm.policies.bounded import bounded_prefix, bounded_rows, bounded_set
+from boe_vllm.policies.bounded import bounded_commit, bounded_prefix, bounded_rows
 from boe_vllm.policies.composition import allowed_count, composed
 from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
@@ -61,7 +61,7 @@ class BoEPolicy(Policy[BoEConfig]):
         backward = length if config.active == "all" else masks
         chain = chain_rows(candidates, due) if config.sets == "chain" else 0
         if config.adapts:
-            chain = bounded_rows(masks, config.pool, config.rounds)
+            chain = bounded_rows(masks, config.rounds)
         return forward.get(config.surrogate, candidates) + backward + chain
 
     def step(self, view: View) -> Asking:
@@ -79,15 +79,7 @@ class BoEPolicy(Policy[BoEConfig]):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))
             assert pivot.scores is not None
             first, scores = pivot.chosen, pivot.scores
-        chosen, tokens = yield from bounded_set(
-            view,
-            first,
-            gamma=config.gamma,
-            pool=config.pool,
-            rounds=config.rounds,
-            trust=config.trust,
-        )
-        return Commit(chosen=chosen, tokens=tokens, scores=scores)
+        return (yield from bounded_commit(view, first, scores, config))
 
     def choose(self, view: View) -> Asking:
         """Candidates, their scores, and the set."""

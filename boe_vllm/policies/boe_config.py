@@ -155,11 +155,6 @@ class BoEConfig(CompositionConfig):
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
 
-    @property
-    def adapts(self) -> bool:
-        """Whether a bound with partial rounds decides how many are written."""
-        return self.commit == "rounds"
-
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)
         if self.active == "candidates" and self.objective == "remaining":

@@ -9,12 +9,12 @@ round stands for the next step's forward and computes a few rows instead of all.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.policies.base import View, allowed, top
+from boe_vllm.policies.base import Commit, View, allowed, top
 from boe_vllm.policies.eb import bounded_count
 from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
@@ -34,32 +34,50 @@ def bounded_prefix(entropy: FloatArray, scores: FloatArray, gamma: float) -> Int
     return order[: max(1, min(count, int(np.isfinite(scores).sum())))]
 
 
-def bounded_set(
-    view: View, first: IntArray, *, gamma: float, pool: int, rounds: int, trust: float
-) -> Generator[Query[Any], Any, tuple[IntArray, IntArray]]:
-    """The first set and what the rounds add to it: indices into `View.positions` and tokens.
+class Bound(Protocol):
+    """The settings that a bound with rounds has, whatever the policy."""
+
+    @property
+    def gamma(self) -> float:
+        """On each round's prefix, nats."""
+
+    @property
+    def pool(self) -> int:
+        """Most positions that a round predicts again."""
+
+    @property
+    def rounds(self) -> int:
+        """Most of them."""
+
+    @property
+    def trust(self) -> float:
+        """Entropy of the surest position up to which a round is worth its rows and may write, nats;
+        what is less sure waits for a full prediction."""
+
+
+def bounded_commit(
+    view: View, first: IntArray, scores: FloatArray, bound: Bound
+) -> Generator[Query[Any], Any, Commit]:
+    """The first set and what the rounds add to it.
 
     The rounds end when nothing is left that may be written now.
 
     Args:
         view: of the request.
         first: [b] indices that are written in any case.
-        gamma: the bound on each round's prefix, nats.
-        pool: most positions that a round predicts again.
-        rounds: most of them.
-        trust: entropy of the surest position up to which a round is worth its rows and may write,
-            nats; what is less sure waits for a full prediction.
+        scores: [M] to be reported.
+        bound: the policy's settings.
     """
     tokens, uniform = view.proposal.copy(), view.uniforms(randomness.WRITE)
     entropy = view.entropy.copy()
     surest = allowed(-entropy, view)
     chosen = first
-    for _ in range(rounds):
+    for _ in range(bound.rounds):
         left = np.setdiff1d(np.arange(len(tokens)), chosen)
         left = left[np.isfinite(surest[left])]
-        if not len(left) or -surest[left].max() > trust:
+        if not len(left) or -surest[left].max() > bound.trust:
             break
-        asked = np.sort(left[top(surest[left], pool)])
+        asked = np.sort(left[top(surest[left], bound.pool)])
         given: Conditioned = yield Conditional(
             written=chosen,
             tokens=tokens[chosen],
@@ -70,14 +88,14 @@ def bounded_set(
         tokens[asked], entropy[asked] = given.proposal, given.entropy
         may = np.isfinite(view.committable(given.proposal, given.confidence))
         surest[asked] = np.where(may, -entropy[asked], -np.inf)
-        if not may.any() or -surest[asked].max() > trust:
+        if not may.any() or -surest[asked].max() > bound.trust:
             break
-        prefix = bounded_prefix(entropy[asked], surest[asked], gamma)
+        prefix = bounded_prefix(entropy[asked], surest[asked], bound.gamma)
         chosen = np.concatenate([chosen, asked[prefix]])
-    return chosen, tokens[chosen]
+    return Commit(chosen=chosen, tokens=tokens[chosen], scores=scores)
 
 
-def bounded_rows(masks: int, pool: int, rounds: int) -> int:
+def bounded_rows(masks: int, rounds: int) -> int:
     """Most rows that the rounds of one step compute, for so many masks of the block.
 
     A round computes the rows of all that is written so far in the step and those of its pool, which

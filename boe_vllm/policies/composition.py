@@ -62,7 +62,7 @@ class CompositionConfig(RemaskingConfig):
     @property
     def adapts(self) -> bool:
         """Whether a bound with partial rounds decides how many are written."""
-        return self.commit == "rounds" or (self.commit is None and self.remask == "none")
+        return self.commit == "rounds"
 
     def paced(self) -> PolicyConfig:
         """A request that says how many tokens a step writes gets as many by default."""

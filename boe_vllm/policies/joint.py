@@ -2,7 +2,7 @@
 
 By default a bound decides how many are written. What it allows is written, the surest of the rest
 are predicted again as if it were, all other rows frozen, and what it allows of these is written too
-(`bounded.bounded_set`). A round of a few rows stands for the next step's forward.
+(`bounded.bounded_commit`). A round of a few rows stands for the next step's forward.
 
 Under a quota (`commit="quota"`) the surest position is written first. Then the others of a pool are
 predicted again as if it were written, and the likeliest of them joins; and so on until the set is
@@ -18,7 +18,7 @@ from pydantic import Field
 
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, View, certainty
-from boe_vllm.policies.bounded import bounded_prefix, bounded_rows, bounded_set
+from boe_vllm.policies.bounded import bounded_commit, bounded_prefix, bounded_rows
 from boe_vllm.policies.composition import CompositionConfig, composed
 from boe_vllm.policies.selection import (
     CERTAIN,
@@ -75,6 +75,11 @@ class JointConfig(CompositionConfig):
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
     """Probability from which a position joins a chain without a round of its own."""
 
+    @property
+    def adapts(self) -> bool:
+        """As long as nothing else is asked for."""
+        return self.commit == "rounds" or (self.commit is None and self.remask == "none")
+
 
 class JointPolicy(Policy[JointConfig]):
     """A bound with partial rounds; or the chain rule over the surest positions, which with one
@@ -95,7 +100,7 @@ class JointPolicy(Policy[JointConfig]):
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """The rounds over the pool, or the chain's."""
         if self.config.adapts:
-            return bounded_rows(masks, self.config.pool, self.config.rounds)
+            return bounded_rows(masks, self.config.rounds)
         due = self.config.most_due(masks, quota)
         return chain_rows(pool_size(masks, due, self.config.multiple), due)
 
@@ -107,17 +112,9 @@ class JointPolicy(Policy[JointConfig]):
 
     def bounded(self, view: View) -> Asking:
         """The bound's prefix and that of each round."""
-        config, scores = self.config, certainty(view, "entropy")
-        first = bounded_prefix(view.entropy, scores, config.gamma)
-        chosen, tokens = yield from bounded_set(
-            view,
-            first,
-            gamma=config.gamma,
-            pool=config.pool,
-            rounds=config.rounds,
-            trust=config.trust,
-        )
-        return Commit(chosen=chosen, tokens=tokens, scores=scores)
+        scores = certainty(view, "entropy")
+        first = bounded_prefix(view.entropy, scores, self.config.gamma)
+        return (yield from bounded_commit(view, first, scores, self.config))
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""

@@ -67,13 +67,12 @@ class CanvasConstraints:
             self.grammar = grammar_on_canvas(constraints, length, end)
         self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
         self.any = constraints.any or never is not None or bool(discounted)
-        self.always = constraints.everywhere
-        if never is not None:
-            self.always = self.always.banning([never])
-        if discounted:
-            ids = np.array(discounted)
-            self.always = dataclasses.replace(self.always, discounted_token_ids=ids)
-        if not constraints.any:
+        if constraints.any:
+            self.always = constraints.everywhere.banning([] if never is None else [never])
+            if discounted:
+                ids = np.array(discounted)
+                self.always = dataclasses.replace(self.always, discounted_token_ids=ids)
+        else:  # one object for all such requests
             self.always = of_special_tokens(never, discounted)
         self.early = self.always.banning(constraints.stop_token_ids)
         self.early_positions = range(prompt_len, prompt_len + constraints.min_tokens)
