@@ -212,7 +212,7 @@ def test_one_watches_canvases_fill_in_a_browser(url):
             tab.screenshot(path=f"{folder}/watch.png", full_page=True)
         tab.fill("#policies", "nope")
         tab.click("#start")
-        tab.wait_for_function("document.getElementById('problem').textContent.includes('policy')")
+        tab.locator("#problem", has_text="policy").wait_for(timeout=60_000)
         opened.close()
     assert all("400" in problem for problem in problems), problems
 
