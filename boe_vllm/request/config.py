@@ -144,7 +144,12 @@ def parse_sampler_config(
     """
     own_word = base is None
     base = base or SamplerConfig()
-    fields = {k: read_json(k, v) for k, v in fields.items() if k not in VLLM_EXTRA_ARGS}
+    fields = {
+        # What is no name of a field at all is refused below, by its name and not for its value.
+        k: read_json(k, v) if str(k).isidentifier() else v
+        for k, v in fields.items()
+        if k not in VLLM_EXTRA_ARGS
+    }
     given_text, fields = split_given_text(fields)
     if given_text != GivenText():
         if own_word:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FAILURES = (ValueError, TypeError, OverflowError, RecursionError, VLLMValidationError)
 _PATH = re.compile(r"`\$(?:\[(\d+)\])?(?:\.(\w+))?")  # of what cannot be decoded
-_NAME = re.compile(r"(?:unknown field )?'?(\w+)")
+_NAME = re.compile(r"""unknown field (['"])(.*?)\1|'?(\w+)""")
 
 
 def check_transport(sent: SamplingParams | EngineCoreRequest) -> None:
@@ -82,5 +82,5 @@ def refusal(error: Exception, name: str | None = None) -> VLLMValidationError:
         return error
     text = str(error)
     if name is None and (found := _NAME.match(text)):
-        name = found[1]
+        name = found[2] or found[3] or "vllm_xargs"
     return VLLMValidationError(text, parameter=name)

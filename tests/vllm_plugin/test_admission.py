@@ -396,6 +396,8 @@ def test_refusals_name_the_field():
         ("rho: expected less, got 2; lower it", "rho"),
         ("canvas_template.0: expected text", "canvas_template"),
         ("unknown field 'nope' for policy", "nope"),
+        ("unknown field '-- a' for policy", "-- a"),
+        ("unknown field '' for policy", "vllm_xargs"),
         ("steps and tokens_per_step exclude each other", "steps"),
         ("active='candidates' with objective", "active"),
     ):
@@ -426,6 +428,7 @@ DEEP = "[" * 100_000
         ({"choices": "no list"}, "choices: .*list"),
         ({"block_length": "1" * 5000}, "block_length: "),
         ({"x" * 5000: 1}, "unknown field 'xxx"),
+        ({"\U00090999: ": DEEP}, r"unknown field '\\U00090999: '"),
     ],
     ids=lambda value: str(value)[:24],
 )
