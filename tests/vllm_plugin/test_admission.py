@@ -428,7 +428,7 @@ DEEP = "[" * 100_000
         ({"choices": "no list"}, "choices: .*list"),
         ({"block_length": "1" * 5000}, "block_length: "),
         ({"x" * 5000: 1}, "unknown field 'xxx"),
-        ({"\U00090999: ": DEEP}, r"unknown field '\\U00090999: '"),
+        ({"-: ": DEEP}, "unknown field '-: '"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -436,7 +436,7 @@ def test_nested_text_is_bounded_and_named(config, extra, message):
     with pytest.raises(VLLMValidationError, match=message) as error:
         admitted(config, extra_args=extra)
     (name,) = extra
-    assert name.startswith(error.value.parameter)
+    assert name.startswith(error.value.parameter.partition("...")[0])
     assert len(str(error.value)) < 12_000
 
 
