@@ -137,7 +137,8 @@ def check(llm, control, prompt, params, **how):
         return refused
     assert len(outputs[1].outputs) == params.n
     for completion in outputs[1].outputs:
-        assert completion.finish_reason in ("stop", "length", "error")
+        own = ("repetition",) if params.repetition_detection else ()
+        assert completion.finish_reason in ("stop", "length", "error", *own)
         ENDS[completion.finish_reason] += 1
         if completion.finish_reason == "error":  # only what cannot be known before
             assert "expected a token that may be written, found none" in completion.stop_reason
@@ -417,7 +418,8 @@ def test_any_request_is_refused_or_served_and_harms_nobody(
         return
     served = check(llm, control, prompt, params, early=early, priority=priority)
     regex = params.structured_outputs and params.structured_outputs.regex
-    if regex and isinstance(served, RequestOutput) and not (params.stop or params.stop_token_ids):
+    cut = params.stop or params.stop_token_ids or params.repetition_detection
+    if regex and isinstance(served, RequestOutput) and not cut:
         ENDS["grammar"] += 1
         for completion in served.outputs:
             text = bytes(t for t in completion.token_ids if t != EOS).decode()  # a token is a byte
