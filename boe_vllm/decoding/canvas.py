@@ -26,13 +26,14 @@ from boe_vllm.decoding.accounting import (
 )
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
+from boe_vllm.decoding.frontier import remasked_with, rules_of
 from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.log_probs import TokenLikelihood
+from boe_vllm.sampling.prefix import PrefixMatchers
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.guidance import Guidance
 from boe_vllm.steering.step import NextStep
@@ -50,6 +51,7 @@ class Canvas:
         vocab_size: int,
         pool: KeyValuePool | None = None,
         shift: int = 0,
+        matchers: PrefixMatchers | None = None,
     ) -> None:
         """Append the masks and open the first block.
 
@@ -60,9 +62,10 @@ class Canvas:
             vocab_size: number of tokens.
             pool: room for frozen keys and values, if the request asks for a cache.
             shift: rows by which a position's prediction lies before it.
+            matchers: the parser of grammars that are read from left to right, where there is one.
 
         Raises:
-            ValueError: when the pool has no room left.
+            ValueError: when the pool has no room left, or for a grammar that nobody can read.
         """
         self.params, self.special, self.vocab_size, self.shift = params, special, vocab_size, shift
         self.config, self.plan = params.config, params.plan
@@ -72,9 +75,8 @@ class Canvas:
         self.tokens = self._tokens(prompt)
         self.masked = self._masks()
         self.given = ~self.masked
-        self.constraints = self._rules()
-        last = frame.confidence_eos_eot_inf or frame.eos_eot_last
-        self.late_tokens = np.array(sorted(special.late) if last else [], np.int64)
+        self.constraints = rules_of(params, self.prompt_len, special, matchers)
+        self.late_tokens = np.array(sorted(special.late) if frame.late else [], np.int64)
         self.account, self.trace = Account(), Trace(len(self.tokens))
         guided = frame.cfg_scale > 0
         self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
@@ -114,17 +116,6 @@ class Canvas:
         if not self.config.frame.infill:  # then one in the prompt is a token like any other
             masks[: self.prompt_len] = False
         return masks
-
-    def _rules(self) -> CanvasConstraints:
-        frame, length = self.config.frame, self.plan.gen_length
-        return CanvasConstraints(
-            self.params.constraints,
-            self.prompt_len,
-            never=self.special.eos if frame.logits_eos_inf else None,
-            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
-            length=length,
-            end=self.params.max_tokens or length,
-        )
 
     @property
     def visible(self) -> int:
@@ -193,7 +184,7 @@ class Canvas:
         Raises:
             ValueError: for a decision that no rule may make.
         """
-        if self.blocks.last_step:
+        if self.blocks.last_step and self.constraints.frontier is None:
             commit = finishing(commit, view)
         chosen = commit.chosen
         positions = view.positions[chosen]
@@ -207,7 +198,7 @@ class Canvas:
         self.trace.note(
             positions,
             step=view.step,
-            entropy=view.entropy[chosen],
+            entropy=statistics.entropy[rows][chosen],
             confidence=statistics.confidence[rows][chosen],
             scores=None if commit.scores is None else commit.scores[chosen],
         )
@@ -245,6 +236,7 @@ class Canvas:
                 f"expected some of {self.blocks.positions.tolist()} that are not sent, got "
                 f"{positions.tolist()}"
             )
+        positions = remasked_with(positions, self)
         self.tokens[positions] = self.special.mask
         self.masked[positions] = True
         self.trace.forget(positions)

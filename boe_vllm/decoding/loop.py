@@ -29,6 +29,7 @@ from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.distributions import VocabularyMemory
 from boe_vllm.sampling.log_probs import DEFAULT_BUDGET_BYTES, LogProbabilities, TokenLikelihood
+from boe_vllm.sampling.prefix import PrefixMatchers
 from boe_vllm.sampling.statistics import RowStatistics, read_statistics
 from boe_vllm.steering.guidance import guided
 from boe_vllm.steering.step import DEFAULT_ROW_BUDGET, DenoisingPass
@@ -66,6 +67,7 @@ class DenoisingLoop:
         row_budget: int = DEFAULT_ROW_BUDGET,
         score_grid: float | None = None,
         canvas_rate: float = 20.0,
+        matchers: PrefixMatchers | None = None,
     ) -> None:
         """Wrap a loaded model.
 
@@ -78,7 +80,9 @@ class DenoisingLoop:
             row_budget: most rows of one packed look-ahead pass, unless one state alone has more.
             score_grid: policies see numbers rounded to multiples of this; None for none.
             canvas_rate: most snapshots of a canvas in a second.
+            matchers: the parser of grammars that are read from left to right, where there is one.
         """
+        self.matchers = matchers
         self.snapshots = Snapshots(canvas_rate)
         self.model, self.special, self.device = model, special, device
         self.budget_bytes, self.row_budget, self.score_grid = budget_bytes, row_budget, score_grid
@@ -99,6 +103,7 @@ class DenoisingLoop:
             vocab_size=self.model.vocab_size,
             pool=self.pool,
             shift=self.model.shift,
+            matchers=self.matchers,
         )
 
     def remove(self, request_id: str) -> None:
@@ -220,7 +225,7 @@ class DenoisingLoop:
             self.counters.step(
                 canvas.policy.name,
                 committed=view.masked_now - int(canvas.masked.sum()),
-                left=view.entropy[canvas.masked[view.positions]],
+                left=own.entropy[rows][: len(view.positions)][canvas.masked[view.positions]],
             )
 
 

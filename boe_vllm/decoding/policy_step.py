@@ -16,6 +16,7 @@ import numpy as np
 from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
+from boe_vllm.decoding.frontier import along, narrowed
 from boe_vllm.policies.base import Commit, Revision, View, committable, finishing
 from boe_vllm.sampling.log_probs import LogProbabilities, TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
@@ -70,7 +71,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         )
     rows = slice(rows.start, rows.start + len(positions))
     proposal, confidence = statistics.proposal[rows], statistics.confidence[rows]
-    return View(
+    view = View(
         positions=positions,
         proposal=proposal,
         confidence=committable(proposal, confidence, canvas.late_tokens),
@@ -91,6 +92,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         late_tokens=canvas.late_tokens,
         memory=canvas.memory,
     )
+    return narrowed(view, canvas)
 
 
 def decide(
@@ -124,7 +126,23 @@ def decide(
                     continue
                 value = on_grid(value, current.log_probs.score_grid)
             replies[n] = value
-    return commits
+    return _along(canvases, commits, views, errors)
+
+
+def _along(
+    canvases: Sequence[Canvas],
+    commits: Mapping[int, Commit],
+    views: Mapping[int, View],
+    errors: Errors,
+) -> dict[int, Commit]:
+    """The decisions, as far as a grammar lets them be written; see `decoding.frontier`."""
+    found: dict[int, Commit] = {}
+    for n, commit in commits.items():
+        try:
+            found[n] = along(commit, views[n], canvases[n])
+        except Exception as error:
+            errors.blame(n, canvases[n], error)
+    return found
 
 
 def _begin(

@@ -60,7 +60,7 @@ class DAPDPolicy(Policy[DAPDConfig]):
         edges = strength > self.config.edge
         degree = np.where(edges, strength, 0.0).sum(1)
         # A position without neighbours conflicts with nobody, whatever its place in the order.
-        scores = allowed(view.confidence * degree, view)
+        scores = allowed(np.maximum(view.confidence, 0.0) * degree, view)
         written = np.zeros(len(scores), bool)
         written[independent_set(scores, edges)] = True
         if 2 * view.masked_now < view.masked_at_start:

@@ -70,8 +70,17 @@ class FrameConfig:
     """Return for every token its step, entropy, confidence and score at commit."""
     stream_canvas: bool = False
     """Send, beside the text of a stream, the canvas itself as it fills. Streams only."""
+    grammar_order: Literal["auto", "free", "frontier"] = "auto"
+    """How a canvas under a grammar is written: in any order ("free"), which takes a grammar with a
+    finite automaton, or from left to right ("frontier"), which takes any; "auto" is free wherever
+    that can be."""
     infill: bool = True
     """Write the masks inside the prompt too. In a chat only if the request itself says so."""
+
+    @property
+    def late(self) -> bool:
+        """Whether tokens that end a text are committed last."""
+        return self.confidence_eos_eot_inf or self.eos_eot_last
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens_per_step is not None:
@@ -144,12 +153,7 @@ def parse_sampler_config(
     """
     own_word = base is None
     base = base or SamplerConfig()
-    fields = {
-        # What is no name of a field at all is refused below, by its name and not for its value.
-        k: read_json(k, v) if str(k).isidentifier() else v
-        for k, v in fields.items()
-        if k not in VLLM_EXTRA_ARGS
-    }
+    fields = _read_values(fields)
     given_text, fields = split_given_text(fields)
     if given_text != GivenText():
         if own_word:
@@ -190,6 +194,16 @@ def parse_sampler_config(
         server=server_config,
         given_text=given_text,
     )
+
+
+def _read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields, with their JSON read. What is no name at all is refused later, by its name and
+    not for its value."""
+    return {
+        name: read_json(name, value) if str(name).isidentifier() else value
+        for name, value in fields.items()
+        if name not in VLLM_EXTRA_ARGS
+    }
 
 
 def _frame(base: FrameConfig, own: Mapping[str, Any], given_text: GivenText) -> FrameConfig:

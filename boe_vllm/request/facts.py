@@ -10,6 +10,7 @@ from boe_vllm.request.given_text import Encode
 
 if TYPE_CHECKING:
     from boe_vllm.request.grammar import Vocabulary
+    from boe_vllm.request.under_grammar import GrammarParser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,3 +28,5 @@ class ModelFacts:
     """Token ids of a text, without special tokens; None where there is no tokenizer."""
     vocabulary: Callable[[], Vocabulary] | None = None
     """The tokens as bytes; None where there is no tokenizer."""
+    parser: Callable[[], GrammarParser] | None = None
+    """The parser of grammars that are read from left to right; None where there is none."""

@@ -18,20 +18,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from boe_vllm.base.arrays import BoolArray
 from boe_vllm.base.options import shown
 from boe_vllm.request import structural_tags
-from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.request.structural_tags import Tree
 from boe_vllm.sampling.automaton import ByteAutomaton, TokenAutomaton, over_tokens
-from boe_vllm.sampling.canvas_constraints import grammar_on_canvas
-
-if TYPE_CHECKING:
-    from boe_vllm.request.facts import ModelFacts
 
 MAX_LENGTH = 1 << 18
 """Characters of a schema or an expression."""
@@ -58,9 +52,9 @@ _NOT_FOLLOWED = frozenset(
 class Grammar:
     """What a request's output must be."""
 
-    kind: Literal["json", "json_object", "regex", "choice", "structural_tag"]
+    kind: Literal["json", "json_object", "regex", "choice", "structural_tag", "grammar"]
     text: str = ""
-    """The regular expression, or the schema, the texts or the tag as JSON."""
+    """The regular expression or the grammar, or the schema, the texts or the tag as JSON."""
     whitespace: str | None = None
     """A regular expression for the white space of JSON; None for at most one blank."""
 
@@ -71,67 +65,6 @@ class Vocabulary:
 
     texts: Sequence[bytes | None]
     """[V] of each token; None for one that is no text."""
-
-
-def under_grammar(
-    grammar: Grammar | None, request: ResolvedRequest, model: ModelFacts, timeout: float
-) -> ResolvedRequest:
-    """A request with its grammar's automaton, if some way to fill its canvas satisfies it.
-
-    Args:
-        grammar: the request's; None for none, which changes nothing.
-        request: resolved otherwise.
-        model: what will decode it.
-        timeout: see `compiled`.
-
-    Raises:
-        ValueError: if no way does; for a canvas that is too short, with the least length.
-    """
-    if grammar is None:
-        return request
-    given, constraints = request.config.given_text, request.constraints
-    for name, beside in (("choices", given.choices), ("bad_words", constraints.bad_words)):
-        if beside:
-            raise ValueError(
-                f"{name}: expected none beside a grammar (words of one token may be), got "
-                f"{shown(beside)}; remove it"
-            )
-    if model.vocabulary is None:
-        raise _refused("a server with a tokenizer, got one without; remove it")
-    automaton = compiled(grammar, model.vocabulary(), model.eos_token_id, timeout=timeout)
-    automaton = automaton.without(_never(request, model))
-    least = automaton.least()
-    if least is not None and least > request.max_tokens:
-        raise ValueError(
-            f"max_tokens: expected at least {least}, the tokens of the shortest output that the "
-            f"grammar allows, got {request.max_tokens}; raise it"
-        )
-    constraints = dataclasses.replace(constraints, grammar=automaton)
-    canvas = grammar_on_canvas(constraints, request.plan.gen_length, request.max_tokens)
-    template = np.full(request.plan.gen_length, model.mask_token_id)
-    text = given.template(model.mask_token_id) or []
-    template[: len(text)] = text
-    canvas.update(template, template == model.mask_token_id)
-    if not canvas.possible:
-        raise _refused(
-            "a grammar of which the request's other fields (canvas_template, allowed_token_ids, "
-            "bad_words, min_tokens, logits_eos_inf) leave something, got one that no canvas can "
-            "satisfy; loosen one of them"
-        )
-    return dataclasses.replace(request, constraints=constraints)
-
-
-def _never(request: ResolvedRequest, model: ModelFacts) -> BoolArray:
-    """[V] tokens that may stand nowhere."""
-    everywhere = request.constraints.everywhere
-    never = np.full(model.vocab_size, everywhere.allowed_token_ids is not None)
-    if everywhere.allowed_token_ids is not None:
-        never[everywhere.allowed_token_ids] = False
-    never[everywhere.banned_token_ids] = True
-    never[model.mask_token_id] = True
-    if request.config.frame.logits_eos_inf:
-        never[model.eos_token_id] = True
-    return never
 
 
 def compiled(
@@ -148,12 +81,17 @@ def compiled(
     Raises:
         ValueError: for a grammar that has no automaton, or too large a one.
     """
+    if grammar.kind == "grammar":
+        raise refused(
+            f"a schema, an expression or texts, which have a finite automaton, where grammar_order "
+            f"is 'free', got grammar={shown(grammar.text)}; set it to 'frontier'"
+        )
     if len(grammar.text) > MAX_LENGTH:
-        raise _refused(f"at most {MAX_LENGTH} characters, got {len(grammar.text)}; shorten it")
+        raise refused(f"at most {MAX_LENGTH} characters, got {len(grammar.text)}; shorten it")
     automaton = over_bytes(grammar, timeout)
     pairs = len(automaton.next_SB) * len(vocabulary.texts)
     if pairs > MAX_PAIRS:
-        raise _refused(
+        raise refused(
             f"an automaton of at most {MAX_PAIRS // len(vocabulary.texts)} states with a "
             f"vocabulary of this size, got {len(automaton.next_SB)}; make the grammar smaller"
         )
@@ -168,9 +106,7 @@ def over_bytes(grammar: Grammar, timeout: float) -> ByteAutomaton:
     """
     found = _run(json.dumps(_tree(grammar)), grammar.whitespace, timeout)
     if isinstance(found, str):
-        raise _refused(
-            f"a {grammar.kind} that a finite automaton can follow, got one where {found}"
-        )
+        raise refused(f"a {grammar.kind} that a finite automaton can follow, got one where {found}")
     return found
 
 
@@ -247,9 +183,9 @@ def _check_schema(text: str) -> None:
                 raise RecursionError
             _check_one(part)
     except RecursionError:
-        raise _refused(f"a schema of at most {MAX_DEPTH} levels, got more; flatten it") from None
+        raise refused(f"a schema of at most {MAX_DEPTH} levels, got more; flatten it") from None
     except json.JSONDecodeError as error:
-        raise _refused(f"a JSON schema, got {shown(text)} ({error}); correct it") from None
+        raise refused(f"a JSON schema, got {shown(text)} ({error}); correct it") from None
 
 
 def _schemas(value: Any, depth: int) -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -274,20 +210,21 @@ def _schemas(value: Any, depth: int) -> Iterator[tuple[Mapping[str, Any], int]]:
 def _check_one(schema: Mapping[str, Any]) -> None:
     unfollowed = sorted(_NOT_FOLLOWED.intersection(schema))
     if unfollowed:
-        raise _refused(
+        raise refused(
             f"no {unfollowed[0]!r} in a schema, which cannot be followed, got some; remove it and "
             f"check it in the answer"
         )
     if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
-        raise _refused(
+        raise refused(
             "no length beside the pattern of a string, got both; say the length in the pattern"
         )
     required, properties = schema.get("required"), schema.get("properties")
     if isinstance(required, list) and isinstance(properties, Mapping):
         missing = [name for name in required if name not in properties]
         if missing:
-            raise _refused(f"properties of all that is required, got none of {shown(missing[0])}")
+            raise refused(f"properties of all that is required, got none of {shown(missing[0])}")
 
 
-def _refused(expected: str) -> ValueError:
+def refused(expected: str) -> ValueError:
+    """The error for a grammar that cannot be followed."""
     return ValueError(f"structured_outputs: expected {expected}")

@@ -16,10 +16,11 @@ import numpy as np
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.facts import ModelFacts
-from boe_vllm.request.grammar import Grammar, under_grammar
+from boe_vllm.request.grammar import Grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
 from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.under_grammar import under_grammar
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 GREEDY_BELOW = 1e-5  # vLLM's own limit

@@ -135,5 +135,6 @@ def _constraints(wire: Mapping[str, Any], grammar: str | None) -> TokenConstrain
         min_tokens=wire["min_tokens"],
         stop_token_ids=tuple(wire["stop_token_ids"]),
         bad_words=tuple(tuple(word) for word in wire["bad_words"]),
+        prefix_grammar=wire["prefix_grammar"],
         grammar=None if grammar is None else TokenAutomaton.from_text(grammar),
     )

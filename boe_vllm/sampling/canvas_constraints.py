@@ -4,7 +4,8 @@ vLLM's fields there: `logit_bias`, `allowed_token_ids` and `bad_words` of one to
 masked position; `min_tokens` forbids the tokens that end a request at the canvas positions below
 it; a bad word of several tokens forbids, at each position, the token that would complete it there;
 `top_k`, `top_p` and `min_p` restrict draws. A grammar allows, at each position, the tokens beside
-which the rest of the canvas can still be written (`sampling.grammar`).
+which the rest of the canvas can still be written (`sampling.grammar`), or, if it can only be read
+from left to right, the tokens that may come next at the frontier (`sampling.frontier`).
 
 Legend: `L` positions of prompt and canvas, `M` some masked positions, `b` writes of one step.
 """
@@ -17,14 +18,16 @@ import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints, of_special_tokens
+from boe_vllm.sampling.frontier import FrontierGrammar
 from boe_vllm.sampling.grammar import CanvasGrammar
+from boe_vllm.sampling.prefix import PrefixMatchers
 
 
 def grammar_on_canvas(constraints: TokenConstraints, length: int, end: int) -> CanvasGrammar:
     """The grammar of a request on an empty canvas.
 
     Args:
-        constraints: the request's, a grammar among them.
+        constraints: the request's, an automaton among them.
         length: tokens of the canvas.
         end: how many of them are sent at most.
     """
@@ -35,6 +38,49 @@ def grammar_on_canvas(constraints: TokenConstraints, length: int, end: int) -> C
         end=end,
         early=constraints.min_tokens,
         ends=constraints.stop_token_ids,
+    )
+
+
+def frontier_on_canvas(
+    constraints: TokenConstraints,
+    matchers: PrefixMatchers,
+    *,
+    length: int,
+    end: int,
+    mask_token_id: int,
+    eos_token_id: int,
+    most: int | None = None,
+) -> FrontierGrammar:
+    """The grammar of a request that can only be read from left to right, on an empty canvas.
+
+    Args:
+        constraints: the request's, such a grammar among them.
+        matchers: its parser.
+        length: tokens of the canvas.
+        end: how many of them are sent at most.
+        mask_token_id: which may stand nowhere.
+        eos_token_id: ends a text.
+        most: tokens of the first end that is looked for; None for `end`.
+
+    Raises:
+        ValueError: for what the parser does not take.
+    """
+    assert constraints.prefix_grammar is not None
+    everywhere = constraints.everywhere
+    never_V = np.array([text is None for text in matchers.texts])
+    never_V[eos_token_id] = False
+    if everywhere.allowed_token_ids is not None:
+        never_V |= ~np.isin(np.arange(len(never_V)), everywhere.allowed_token_ids)
+    never_V[everywhere.banned_token_ids] = True
+    never_V[mask_token_id] = True
+    return FrontierGrammar(
+        matchers,
+        constraints.prefix_grammar,
+        length=length,
+        end=end,
+        eos_token_id=eos_token_id,
+        never_V=never_V,
+        most=most,
     )
 
 
@@ -50,6 +96,7 @@ class CanvasConstraints:
         discounted: tuple[int, ...] = (),
         length: int = 0,
         end: int = 0,
+        frontier: FrontierGrammar | None = None,
     ) -> None:
         """Work out what follows from the request's constraints.
 
@@ -60,13 +107,16 @@ class CanvasConstraints:
             discounted: tokens that are left out of the others' confidences.
             length: tokens of its canvas, for a grammar.
             end: how many of them are sent at most, for a grammar.
+            frontier: the request's grammar, if it can only be read from left to right.
         """
         self.prompt_len = prompt_len
-        self.grammar = None
+        self.frontier = frontier
+        self.grammar: CanvasGrammar | FrontierGrammar | None = frontier
         if constraints.grammar is not None:
             self.grammar = grammar_on_canvas(constraints, length, end)
         self.bad_words = tuple(np.array(word) for word in constraints.bad_words)
         self.any = constraints.any or never is not None or bool(discounted)
+        assert frontier is None or constraints.prefix_grammar is not None
         if constraints.any:
             self.always = constraints.everywhere.banning([] if never is None else [never])
             if discounted:
@@ -86,10 +136,11 @@ class CanvasConstraints:
         """The masked positions where only one token can stand, and that token."""
         if self.grammar is None:
             return {}
-        self._take_in(tokens, masked)
+        self.take_in(tokens, masked)
         return {self.prompt_len + n: token for n, token in self.grammar.certain().items()}
 
-    def _take_in(self, tokens: IntArray, masked: BoolArray) -> None:
+    def take_in(self, tokens: IntArray, masked: BoolArray) -> None:
+        """Tell the grammar what stands on the canvas."""
         if self.grammar is not None:
             self.grammar.update(tokens[self.prompt_len :], masked[self.prompt_len :])
 
@@ -106,7 +157,7 @@ class CanvasConstraints:
         if not self.any:
             return None
         completing = self._completing(tokens, masked)
-        self._take_in(tokens, masked)
+        self.take_in(tokens, masked)
         found = []
         for position in positions.tolist():
             constraint = self.early if position in self.early_positions else self.always
@@ -150,7 +201,7 @@ class CanvasConstraints:
 
     def _stands(self, tokens: IntArray, masked: BoolArray, position: int, token: int) -> bool:
         if self.grammar is not None and position >= self.prompt_len:
-            self._take_in(tokens, masked)
+            self.take_in(tokens, masked)
             return self.grammar.permits(position - self.prompt_len, token)
         return token not in self._completing(tokens, masked).get(position, ())
 

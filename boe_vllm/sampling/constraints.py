@@ -175,12 +175,15 @@ class TokenConstraints:
     """Sequences of two or more tokens that may not come about."""
     grammar: TokenAutomaton | None = None
     """What the whole output must be; no bad words of several tokens beside it."""
+    prefix_grammar: str | None = None
+    """The same, as text of a parser's, where it can only be read from left to right."""
 
     @property
     def any(self) -> bool:
         """Whether anything is constrained."""
         edits = self.everywhere.edits or self.everywhere.filters
         ordered = bool(self.bad_words) or self.grammar is not None
+        ordered = ordered or self.prefix_grammar is not None
         return edits or self.min_tokens > 0 or ordered
 
     def tokens_left(self, vocab_size: int, mask_token_id: int) -> int:

@@ -10,19 +10,15 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
-from boe_vllm.base.options import shown
 from boe_vllm.request.grammar import Grammar, Vocabulary
+from boe_vllm.vllm_plugin.prefix_grammars import GuidanceParser
 
 if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
 
 
 def grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
-    """What a request's output must be; None for anything.
-
-    Raises:
-        ValueError: for a grammar that no finite automaton can follow.
-    """
+    """What a request's output must be; None for anything."""
     if params is None:
         return None
     whitespace = "" if params.disable_any_whitespace else params.whitespace_pattern
@@ -37,11 +33,7 @@ def grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
         return Grammar(kind="choice", text=json.dumps(list(params.choice)))
     if params.structural_tag is not None:
         return Grammar(kind="structural_tag", text=params.structural_tag, whitespace=whitespace)
-    raise ValueError(
-        f"structured_outputs: expected json, json_object, regex, choice or structural_tag, which "
-        f"have a finite automaton that can be followed in any order, got "
-        f"grammar={shown(params.grammar)}; send one of them"
-    )
+    return Grammar(kind="grammar", text=params.grammar or "")
 
 
 @functools.lru_cache(maxsize=4)
@@ -57,3 +49,9 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
         if token < vocab_size:
             texts[token] = None
     return Vocabulary(texts=texts)
+
+
+@functools.lru_cache(maxsize=4)
+def parser_of(tokenizer: Any, vocab_size: int, eos_token_id: int) -> GuidanceParser:
+    """The parser of grammars that are read from left to right."""
+    return GuidanceParser(vocabulary_of(tokenizer, vocab_size), eos_token_id)

@@ -135,20 +135,25 @@ async def _compile_grammar(vllm_config: Any, request: Any) -> None:
     """Have a grammar's automaton made outside the server's loop, which others wait for. What is
     wrong with the request is said later, when it is resolved."""
     with contextlib.suppress(Exception):
-        asked = request.to_sampling_params(1, {}).structured_outputs
-        if asked is not None:
-            await asyncio.to_thread(_compile, asked, vllm_config)
+        params = request.to_sampling_params(1, {})
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(_compile, params, vllm_config)
 
 
-def _compile(asked: Any, vllm_config: Any) -> None:
-    from boe_vllm.request.grammar import compiled
-    from boe_vllm.vllm_plugin.admission import model_facts, server_settings
+def _compile(params: Any, vllm_config: Any) -> None:
+    from boe_vllm.request.under_grammar import made
     from boe_vllm.vllm_plugin.grammars import grammar_of
+    from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
 
-    grammar, model = grammar_of(asked), model_facts(vllm_config.model_config)
-    if grammar is not None and model.vocabulary is not None:
-        timeout = server_settings(vllm_config).limits.grammar_timeout_s
-        compiled(grammar, model.vocabulary(), model.eos_token_id, timeout=timeout)
+    server, grammar = server_settings(vllm_config), grammar_of(params.structured_outputs)
+    assert grammar is not None
+    order = (params.extra_args or {}).get("grammar_order", server.config.frame.grammar_order)
+    made(
+        grammar,
+        model_facts(vllm_config.model_config),
+        order=order,
+        timeout=server.limits.grammar_timeout_s,
+    )
 
 
 def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:

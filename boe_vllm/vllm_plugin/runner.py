@@ -17,8 +17,10 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.limits import EngineSettings
-from boe_vllm.vllm_plugin.admission import model_facts, read_resolved, server_settings
+from boe_vllm.sampling.prefix import PrefixMatchers
+from boe_vllm.vllm_plugin.admission import read_resolved
 from boe_vllm.vllm_plugin.output import to_output
+from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
 from boe_vllm.vllm_plugin.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -82,7 +84,17 @@ class DiffusionModelRunner:
             row_budget=rows,
             score_grid=self.settings.score_grid,
             canvas_rate=self.settings.max_canvas_rate,
+            matchers=self._parser(),
         )
+
+    def _parser(self) -> PrefixMatchers | None:
+        """Made now, since it takes a while for a large vocabulary."""
+        parser = model_facts(self.model_config).parser
+        try:
+            return None if parser is None else parser()
+        except Exception:
+            logger.exception("Grammars without a finite automaton are refused: no parser")
+            return None
 
     def warming_up_model(self) -> None:
         """Run the largest steps, so that too little memory shows now and not under load.

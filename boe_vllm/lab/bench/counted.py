@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Lengths:
         return -(-self.block // self.tokens_per_step)
 
 
-def loop_over(model: Decoder, *, cache_rows: int = 0, **options: int) -> DenoisingLoop:
+def loop_over(model: Decoder, *, cache_rows: int = 0, **options: Any) -> DenoisingLoop:
     """A loop without requests, where the model lives; `options` are the loop's own."""
     config = model.config
     return DenoisingLoop(

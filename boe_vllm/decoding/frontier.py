@@ -1,0 +1,154 @@
+"""A request whose canvas is written from left to right only, since its grammar asks for it.
+
+Its policy decides as ever, on a view in which only the frontier may be written: the proposals from
+the first mask on that the grammar takes one after the other. A position of it can only be written
+with those before it, so that it is as sure as the least sure of them. How many are written is the
+policy's: the longest beginning of the frontier that it has chosen, or as many as it has chosen, at
+most those that are due.
+
+Legend: `M` masked positions that may be written now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.models.special import SpecialTokens
+from boe_vllm.policies.base import Commit, View, finishing
+from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints, frontier_on_canvas
+from boe_vllm.sampling.frontier import FrontierGrammar
+from boe_vllm.sampling.prefix import PrefixMatchers
+
+if TYPE_CHECKING:
+    from boe_vllm.decoding.canvas import Canvas
+
+
+def rules_of(
+    params: ResolvedRequest,
+    prompt_len: int,
+    special: SpecialTokens,
+    matchers: PrefixMatchers | None,
+) -> CanvasConstraints:
+    """What may be written where on a request's canvas.
+
+    Args:
+        params: what the request asked for.
+        prompt_len: tokens of the prompt.
+        special: ids of the mask and of the ends of text.
+        matchers: the parser of grammars, where there is one.
+
+    Raises:
+        ValueError: for a grammar that nobody here can read.
+    """
+    frame, length = params.config.frame, params.plan.gen_length
+    end, frontier = params.max_tokens or length, None
+    if params.constraints.prefix_grammar is not None:
+        if matchers is None:
+            raise ValueError(
+                "structured_outputs: expected a grammar with a finite automaton where there is no "
+                "parser, got one without; send a schema or an expression"
+            )
+        frontier = frontier_on_canvas(
+            params.constraints,
+            matchers,
+            length=length,
+            end=end,
+            mask_token_id=special.mask,
+            eos_token_id=special.eos,
+        )
+    return CanvasConstraints(
+        params.constraints,
+        prompt_len,
+        never=special.eos if frame.logits_eos_inf else None,
+        discounted=tuple(sorted(special.late)) if frame.confidence_eos_eot_inf else (),
+        length=length,
+        end=end,
+        frontier=frontier,
+    )
+
+
+def narrowed(view: View, canvas: Canvas) -> View:
+    """The view in which only the frontier may be written; the same without such a grammar."""
+    frontier = canvas.constraints.frontier
+    if frontier is None:
+        return view
+    canvas.constraints.take_in(canvas.tokens, canvas.masked)
+    first = _first(view, canvas)
+    run = _run(view, frontier, first)
+    until = first + max(1, run)  # where the proposal does not stand, something else will
+
+    def least(values: FloatArray) -> FloatArray:
+        found = np.full(len(values), -np.inf)
+        found[:first] = values[:first]  # masks in the prompt, which no grammar is about
+        found[first:until] = np.minimum.accumulate(values[first:until])
+        return found
+
+    return dataclasses.replace(
+        view,
+        confidence=least(view.confidence),
+        margin=least(view.margin),
+        entropy=np.where(np.arange(len(view.entropy)) < until, -least(-view.entropy), view.entropy),
+        quota=min(view.quota, until),
+    )
+
+
+def along(commit: Commit, view: View, canvas: Canvas) -> Commit:
+    """What is written of a policy's decision; the decision itself without such a grammar.
+
+    At least one position is written, unless the policy wants to write none: where its token does
+    not stand, one that does.
+    """
+    frontier = canvas.constraints.frontier
+    if frontier is None or commit.idle:
+        return commit
+    if canvas.blocks.last_step:
+        commit = finishing(commit, view)
+    tokens = view.proposal[commit.chosen] if commit.tokens is None else commit.tokens
+    wanted = dict(zip(commit.chosen.tolist(), tokens.tolist(), strict=True))
+    first = _first(view, canvas)
+    written = {n: token for n, token in wanted.items() if n < first}
+    due = min(len(wanted) - len(written), view.quota)
+    canvas.constraints.take_in(canvas.tokens, canvas.masked)
+    for n in range(first, len(view.positions) if due else first):
+        if n not in wanted and n - first >= due:
+            break
+        token = wanted.get(n, int(view.proposal[n]))
+        if not frontier.take(token):
+            if n > first:
+                break
+            token = frontier.sure
+        written[n] = token
+    return dataclasses.replace(
+        commit,
+        chosen=np.array(list(written), np.int64),
+        tokens=np.array(list(written.values()), np.int64),
+        carry=None,
+    )
+
+
+def remasked_with(positions: IntArray, canvas: Canvas) -> IntArray:
+    """Positions to be masked again, and under such a grammar all of the block behind them: what is
+    written stands on what is before it."""
+    own = positions[positions >= canvas.prompt_len]
+    if canvas.constraints.frontier is None or not len(own):
+        return positions
+    written = canvas.blocks.written(canvas.masked)
+    return np.union1d(positions, written[written >= own.min()])
+
+
+def _first(view: View, canvas: Canvas) -> int:
+    """The index of the first masked position of the canvas: before it are masks of the prompt."""
+    return int((view.positions < canvas.prompt_len).sum())
+
+
+def _run(view: View, frontier: FrontierGrammar, first: int) -> int:
+    """How many proposals from the first mask of the canvas on stand, one after the other."""
+    for n in range(first, len(view.positions)):
+        if not frontier.take(int(view.proposal[n])):
+            return n - first
+    return len(view.positions) - first

@@ -1,0 +1,186 @@
+"""A request under a grammar: by which of two ways it is followed, and whether it fits its canvas.
+
+A grammar with a finite automaton is followed in any order (`sampling.grammar`). Any other is read
+from left to right by a parser (`sampling.frontier`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from boe_vllm.base.arrays import BoolArray
+from boe_vllm.base.options import shown
+from boe_vllm.request.grammar import Grammar, compiled, refused
+from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.sampling.automaton import TokenAutomaton
+from boe_vllm.sampling.canvas_constraints import frontier_on_canvas, grammar_on_canvas
+from boe_vllm.sampling.prefix import PrefixMatchers
+
+if TYPE_CHECKING:
+    from boe_vllm.request.facts import ModelFacts
+
+MAX_TOKENS = 1024
+"""Tokens of the first end of a text that is looked for, where a canvas is shorter."""
+
+
+class GrammarParser(PrefixMatchers, Protocol):
+    """A parser, with what it makes of a request's grammar."""
+
+    def read(self, grammar: Grammar, timeout: float) -> str:
+        """A grammar as the parser's own text, which it is known to take.
+
+        Args:
+            grammar: of the request.
+            timeout: seconds that it may take to find that out.
+
+        Raises:
+            ValueError: for what is no grammar, and for one that it cannot follow.
+        """
+
+
+def under_grammar(
+    grammar: Grammar | None, request: ResolvedRequest, model: ModelFacts, timeout: float
+) -> ResolvedRequest:
+    """A request with its grammar, if some way to fill its canvas satisfies it.
+
+    Args:
+        grammar: the request's; None for none, which changes nothing.
+        request: resolved otherwise.
+        model: what will decode it.
+        timeout: see `compiled`.
+
+    Raises:
+        ValueError: if no way does; for a canvas that is too short, with the least length.
+    """
+    if grammar is None:
+        return request
+    given, constraints = request.config.given_text, request.constraints
+    for name, beside in (("choices", given.choices), ("bad_words", constraints.bad_words)):
+        if beside:
+            raise ValueError(
+                f"{name}: expected none beside a grammar (words of one token may be), got "
+                f"{shown(beside)}; remove it"
+            )
+    order = request.config.frame.grammar_order
+    automaton = made(grammar, model, order=order, timeout=timeout)
+    if isinstance(automaton, str):
+        return _from_left_to_right(automaton, request, model)
+    return _in_any_order(automaton, request, model)
+
+
+def made(
+    grammar: Grammar, model: ModelFacts, *, order: str, timeout: float
+) -> TokenAutomaton | str:
+    """What a grammar is followed by: its automaton, or its text for the parser; both remembered.
+
+    Args:
+        grammar: of the request.
+        model: what will decode it, with a vocabulary.
+        order: `grammar_order` of the request.
+        timeout: see `compiled`.
+
+    Raises:
+        ValueError: for a grammar that cannot be followed.
+    """
+    if model.vocabulary is None:
+        raise refused("a server with a tokenizer, got one without; remove it")
+    why: ValueError | None = None
+    if order == "free" or (order == "auto" and grammar.kind != "grammar"):
+        try:
+            return compiled(grammar, model.vocabulary(), model.eos_token_id, timeout=timeout)
+        except ValueError as error:
+            why = error
+            if order == "free":
+                raise
+    try:
+        if model.parser is None:
+            raise refused(
+                f"a schema, an expression or texts, which have a finite automaton, got a "
+                f"{grammar.kind} where no parser reads it from left to right; send one of them"
+            )
+        return model.parser().read(grammar, timeout)
+    except ValueError as error:
+        raise why or error from None  # what is wrong is said of the way that comes first
+
+
+def _in_any_order(
+    automaton: TokenAutomaton, request: ResolvedRequest, model: ModelFacts
+) -> ResolvedRequest:
+    given, constraints = request.config.given_text, request.constraints
+    automaton = automaton.without(_never(request, model))
+    _check_length(automaton.least(), request, "that the grammar allows")
+    constraints = dataclasses.replace(constraints, grammar=automaton)
+    canvas = grammar_on_canvas(constraints, request.plan.gen_length, request.max_tokens)
+    template = np.full(request.plan.gen_length, model.mask_token_id)
+    text = given.template(model.mask_token_id) or []
+    template[: len(text)] = text
+    canvas.update(template, template == model.mask_token_id)
+    if not canvas.possible:
+        raise refused(
+            "a grammar of which the request's other fields (canvas_template, allowed_token_ids, "
+            "bad_words, min_tokens, logits_eos_inf) leave something, got one that no canvas can "
+            "satisfy; loosen one of them"
+        )
+    return dataclasses.replace(request, constraints=constraints)
+
+
+def _from_left_to_right(text: str, request: ResolvedRequest, model: ModelFacts) -> ResolvedRequest:
+    assert model.parser is not None
+    _check_alone(request)
+    constraints = dataclasses.replace(request.constraints, prefix_grammar=text)
+    canvas = frontier_on_canvas(
+        constraints,
+        model.parser(),
+        length=request.plan.gen_length,
+        end=request.max_tokens,
+        mask_token_id=model.mask_token_id,
+        eos_token_id=model.eos_token_id,
+        most=max(request.max_tokens, MAX_TOKENS),
+    )
+    if canvas.least is None:
+        raise refused(
+            f"a grammar of which some text of at most {max(request.max_tokens, MAX_TOKENS)} tokens "
+            f"can be found, got one where none was; make it simpler, or loosen allowed_token_ids "
+            f"and bad_words"
+        )
+    _check_length(canvas.least, request, "that was found")
+    return dataclasses.replace(request, constraints=constraints)
+
+
+def _check_alone(request: ResolvedRequest) -> None:
+    """Refuse what says something about positions that nothing is known of yet."""
+    beside = {
+        "canvas_template": request.config.given_text.canvas_template,
+        "min_tokens": request.constraints.min_tokens,
+        "logits_eos_inf": request.config.frame.logits_eos_inf,
+    }
+    for name, value in beside.items():
+        if value:
+            raise ValueError(
+                f"{name}: expected none beside a grammar that is written from left to right, got "
+                f"{shown(value)}; remove it"
+            )
+
+
+def _check_length(least: int | None, request: ResolvedRequest, which: str) -> None:
+    if least is not None and least > request.max_tokens:
+        raise ValueError(
+            f"max_tokens: expected at least {least}, the tokens of the shortest output {which}, "
+            f"got {request.max_tokens}; raise it"
+        )
+
+
+def _never(request: ResolvedRequest, model: ModelFacts) -> BoolArray:
+    """[V] tokens that may stand nowhere."""
+    everywhere = request.constraints.everywhere
+    never = np.full(model.vocab_size, everywhere.allowed_token_ids is not None)
+    if everywhere.allowed_token_ids is not None:
+        never[everywhere.allowed_token_ids] = False
+    never[everywhere.banned_token_ids] = True
+    never[model.mask_token_id] = True
+    if request.config.frame.logits_eos_inf:
+        never[model.eos_token_id] = True
+    return never
