@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -53,7 +54,11 @@ def ask(args: argparse.Namespace, policy: str, seed: int) -> tuple[bool, int, in
             "type": "json_schema",
             "json_schema": {"name": "person", "schema": SCHEMA},
         },
-        "vllm_xargs": {"policy": policy, "tokens_per_step": args.tokens_per_step},
+        "vllm_xargs": {
+            "policy": policy,
+            "tokens_per_step": args.tokens_per_step,
+            "grammar_order": args.order,
+        },
     }
     answer = httpx.post(f"{args.base_url}/completions", json=body, timeout=600)
     answer.raise_for_status()
@@ -77,21 +82,26 @@ def main() -> int:
     parser.add_argument("--prompt", default="A:1+2=")
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--tokens-per-step", type=int, default=4)
+    parser.add_argument("--order", choices=["auto", "free", "frontier"], default="auto")
     args = parser.parse_args()
     wrong = 0
     for policy in args.policies:
+        begin = time.monotonic()
         with ThreadPoolExecutor(args.clients) as pool:
             seeds = range(args.requests)
             found = list(pool.map(lambda seed, policy=policy: ask(args, policy, seed), seeds))
+        seconds = time.monotonic() - begin
         valid = sum(one[0] for one in found)
         wrong += len(found) - valid
         line = {
             "policy": policy,
             "requests": len(found),
             "valid": valid,
+            "order": args.order,
             "tokens_per_step": args.tokens_per_step,
             "mean_steps": round(statistics.mean(one[1] for one in found), 1),
             "mean_tokens": round(statistics.mean(one[2] for one in found), 1),
+            "tokens_per_second": round(sum(one[2] for one in found) / seconds, 1),
         }
         print(json.dumps(line))
     return int(wrong > 0)

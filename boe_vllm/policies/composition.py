@@ -117,6 +117,9 @@ def remasked(choose: Choose, view: View, rule: RemaskingRule) -> Asking:
                 len(written) / view.block_masks, (len(written) + due) / view.block_masks
             )
         drawn = rule.drawn(view, k, rates.sigma, written, diary.stored(written))
+        # Where writes did not stand, a block has steps after the last that the schedule plans: what
+        # is written by then may be sent.
+        drawn &= rule.remasks_later(k, view.block_steps)
         remask = written[drawn][: masked - due]
         diary.iteration = k + 1
         if due + len(remask) > 0:

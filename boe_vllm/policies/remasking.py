@@ -211,8 +211,9 @@ class Diary:
         self._notes["iteration"] = value
 
     def stored(self, positions: IntArray) -> FloatArray:
-        """[W] confidences of written positions when they were last revealed."""
-        return np.array([self._notes["stored"][int(p)] for p in positions], float)
+        """[W] confidences of written positions when they were last revealed; 1 for those that the
+        policy has not chosen itself, which a grammar had written."""
+        return np.array([self._notes["stored"].get(int(p), 1.0) for p in positions], float)
 
     def note(self, positions: IntArray, confidence: FloatArray) -> None:
         """Positions are revealed."""

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
+from boe_vllm.sampling.completions import Completions
 from boe_vllm.sampling.constraints import Constraint
-from boe_vllm.sampling.prefix import Completions, PrefixMatcher, PrefixMatchers
+from boe_vllm.sampling.prefix import PrefixMatcher, PrefixMatchers
 
 _NOTHING: tuple[int, ...] = ()
 

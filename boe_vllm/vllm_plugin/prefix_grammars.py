@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from boe_vllm.base.arrays import BoolArray
-from boe_vllm.base.options import shown
 from boe_vllm.request.grammar import MAX_LENGTH, Grammar, Vocabulary, refused
 
 if TYPE_CHECKING:
@@ -33,6 +32,10 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 500_000,
 }
 """Of the parser, which gives up beyond them; they are its own defaults, written down."""
+
+
+MESSAGE = 200
+"""Characters of what the parser says of a grammar."""
 
 
 class GuidanceMatcher:
@@ -182,5 +185,5 @@ def _read(form: str, timeout: float) -> dict[str, str]:
         return {"refused": "the parser has failed; make it smaller, with fewer levels"}
     found: dict[str, str] = json.loads(done.stdout)
     if "refused" in found:
-        found["refused"] = f"{shown(found['refused'])}; correct it"
+        found["refused"] = f"{' '.join(found['refused'].split())[:MESSAGE]}; correct it"
     return found

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 
+import jsonschema
 import numpy as np
 import pydantic
 import pytest
@@ -326,7 +327,10 @@ SETTINGS = {
             {"json_object": True},
             {"regex": "[ab"},
             {"regex": "\u2603{60}"},
-            {"grammar": 'root ::= "a"'},
+            {"grammar": 'root ::= "a" root "b" | "c"'},
+            {"grammar": 'start: "(" start ")" | /[0-9]+/'},
+            {"grammar": "start: ("},
+            {"json": {"type": "integer", "minimum": 12}},
             {"structural_tag": "{}"},
         ]
     ).map(lambda fields: StructuredOutputsParams(**fields)),
@@ -417,10 +421,30 @@ def test_any_request_is_refused_or_served_and_harms_nobody(
         ENDS["refused by vLLM's SamplingParams"] += 1
         return
     served = check(llm, control, prompt, params, early=early, priority=priority)
-    regex = params.structured_outputs and params.structured_outputs.regex
+    asked = params.structured_outputs
     cut = params.stop or params.stop_token_ids or params.repetition_detection
-    if regex and isinstance(served, RequestOutput) and not cut:
+    if asked and isinstance(served, RequestOutput) and not cut:
         ENDS["grammar"] += 1
         for completion in served.outputs:
             text = bytes(t for t in completion.token_ids if t != EOS).decode()  # a token is a byte
-            assert re.fullmatch(regex, text), (params, completion)
+            assert satisfies(asked, text), (params, completion)
+
+
+def satisfies(asked, text):
+    """Whether a text is what was asked for."""
+    if asked.regex is not None:
+        return re.fullmatch(asked.regex, text)
+    if asked.choice is not None:
+        return text in asked.choice
+    if asked.json is not None:
+        return jsonschema.validate(json.loads(text), asked.json) is None
+    if asked.json_object:
+        return isinstance(json.loads(text), dict)
+    if asked.grammar.startswith("start"):
+        inner = text.strip("()")
+        return inner.isdigit() and re.fullmatch(r"(\(*)\d+(\)*)", text) and balanced(text)
+    return re.fullmatch("a*cb*", text) and text.count("a") == text.count("b")
+
+
+def balanced(text):
+    return text.count("(") == text.count(")")

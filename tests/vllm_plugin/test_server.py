@@ -142,8 +142,15 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, name, stream):
         ({"use_beam_search": True, "n": 2}, "use_beam_search"),
         ({"structured_outputs": {"regex": "[0-9]{9}"}}, "max_tokens: expected at least 9"),
         ({"structured_outputs": {"regex": "[0-9"}}, "structured_outputs: .*regex that a finite"),
-        ({"structured_outputs": {"json": {"minimum": 3}}}, "no 'minimum' in a schema"),
-        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs: .* got grammar"),
+        ({"structured_outputs": {"json": {"not": {}}}}, "no 'not' in a schema"),
+        (
+            {"structured_outputs": {"grammar": "root ::= ("}},
+            "structured_outputs: .*can be read, got",
+        ),
+        (
+            {"structured_outputs": {"grammar": 'root ::= "a" b'}},
+            "structured_outputs: .* grammar tha",
+        ),
         ({"structured_outputs": {"regex": "a+"}, "bad_words": ["aa"]}, "bad_words: expected none"),
         (
             {"structured_outputs": {"regex": "a+"}, "allowed_token_ids": [49]},
@@ -649,3 +656,46 @@ def test_other_grammars_hold_too(url):
     template = {"canvas_template": '["ab", 3]'}
     assert text(structured_outputs={"regex": "a[a-z]{4}"}, vllm_xargs=template).startswith("ab")
     assert text(structured_outputs={"regex": "^a+$"}, min_tokens=7).count("a") >= 7
+
+
+SUM = 'root ::= term (("+" | "-") term)*\nterm ::= [0-9]+ | "(" root ")"'
+
+
+@pytest.mark.parametrize("policy", ["confidence", "boe", "eb"])
+def test_grammars_without_an_automaton_hold_beside_free_requests(url, policy):
+    """A context-free grammar, and a recursive schema with a bound that only a parser follows."""
+    free = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 8, "seed": 5}
+    alone = httpx.post(f"{url}/v1/completions", json=free, timeout=60).json()["choices"][0]["text"]
+    schema = {
+        "type": "object",
+        "properties": {
+            "of": {"type": "integer", "minimum": 3, "maximum": 77},
+            "in": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        },
+        "required": ["of", "in"],
+        "additionalProperties": False,
+    }
+    body = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 40, "n": 2, "seed": 1, "logprobs": 1}
+    body["vllm_xargs"] = {"policy": policy, "tokens_per_step": 4}
+    grammars = [{"structured_outputs": {"grammar": SUM}}, {"response_format": as_format(schema)}]
+    with ThreadPoolExecutor() as pool:
+        beside = [pool.submit(httpx.post, f"{url}/v1/completions", json=free) for _ in range(3)]
+        sums, lists = pool.map(
+            lambda one: httpx.post(f"{url}/v1/completions", json=body | one, timeout=120).json(),
+            grammars,
+        )
+    for one in beside:
+        assert one.result().json()["choices"][0]["text"] == alone
+    for choice in sums["choices"]:
+        assert isinstance(
+            eval(re.sub(r"\b0+(?=\d)", "", choice["text"]), {}), int
+        )  # of digits only
+        assert choice["boe"]["denoising_steps"] <= 40
+    for choice in lists["choices"]:
+        jsonschema.validate(json.loads(choice["text"]), schema)
+        assert len(choice["logprobs"]["tokens"]) == len(choice["text"])
+    texts = [""] * 2
+    for chunk in chunks_of(url, "completions", body | grammars[1]):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in lists["choices"]]
