@@ -658,6 +658,14 @@ def test_other_grammars_hold_too(url):
     assert text(structured_outputs={"regex": "^a+$"}, min_tokens=7).count("a") >= 7
 
 
+def is_sum(text):
+    """Whether the grammar below has it: brackets are taken out from within."""
+    plain, inner = r"\d+([+-]\d+)*", None
+    while inner != text:
+        inner, text = text, re.sub(rf"\({plain}\)", "0", text)
+    return re.fullmatch(plain, text) is not None
+
+
 SUM = 'root ::= term (("+" | "-") term)*\nterm ::= [0-9]+ | "(" root ")"'
 
 
@@ -687,13 +695,10 @@ def test_grammars_without_an_automaton_hold_beside_free_requests(url, policy):
     for one in beside:
         assert one.result().json()["choices"][0]["text"] == alone
     for choice in sums["choices"]:
-        assert isinstance(
-            eval(re.sub(r"\b0+(?=\d)", "", choice["text"]), {}), int
-        )  # of digits only
-        assert choice["boe"]["denoising_steps"] <= 40
+        assert is_sum(choice["text"]) and choice["boe"]["denoising_steps"] <= 40
     for choice in lists["choices"]:
         jsonschema.validate(json.loads(choice["text"]), schema)
-        assert len(choice["logprobs"]["tokens"]) == len(choice["text"])
+        assert "".join(choice["logprobs"]["tokens"]).startswith(choice["text"])
     texts = [""] * 2
     for chunk in chunks_of(url, "completions", body | grammars[1]):
         for choice in chunk["choices"]:
