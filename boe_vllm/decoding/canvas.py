@@ -26,12 +26,13 @@ from boe_vllm.decoding.accounting import (
 )
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
-from boe_vllm.decoding.frontier import remasked_with, rules_of
+from boe_vllm.decoding.frontier import frontier_of, remasked_with
 from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.prefix import PrefixMatchers
 from boe_vllm.sampling.statistics import RowStatistics
@@ -72,18 +73,16 @@ class Canvas:
         frame = self.config.frame
         self.policy = params.policy(special.eos)
         self.prompt_len = len(prompt)
-        self.tokens = self._tokens(prompt)
-        self.masked = self._masks()
+        self.tokens, self.masked = self._laid_out(prompt)
         self.given = ~self.masked
-        self.constraints = rules_of(params, self.prompt_len, special, matchers)
+        self.constraints = self._rules(matchers)
         self.late_tokens = np.array(sorted(special.late) if frame.late else [], np.int64)
         self.account, self.trace = Account(), Trace(len(self.tokens))
         guided = frame.cfg_scale > 0
         self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
         self._write_certain()
         self.masked_at_start, self.emitted = int(self.masked.sum()), 0
-        self.memory: dict[str, Any] = {}
-        self.device_memory: dict[str, Any] = {}
+        self.memory, self.device_memory = dict[str, Any](), dict[str, Any]()
         self.logprobs_of: dict[int, TokenLogprobs] = {}
         self.cache: RequestCache | None = None
         if frame.cache != "none":
@@ -103,19 +102,27 @@ class Canvas:
         self.settled = True
         """Nothing that this block has written can be remasked any more."""
 
-    def _tokens(self, prompt: list[int]) -> IntArray:
-        length = len(prompt) + self.plan.gen_length
-        tokens = np.full(length, self.special.mask, np.int64)
-        template = self.config.given_text.template(self.special.mask) or []
-        given = [*prompt, *template]
+    def _laid_out(self, prompt: list[int]) -> tuple[IntArray, BoolArray]:
+        tokens = np.full(len(prompt) + self.plan.gen_length, self.special.mask, np.int64)
+        given = [*prompt, *(self.config.given_text.template(self.special.mask) or [])]
         tokens[: len(given)] = given
-        return tokens
-
-    def _masks(self) -> BoolArray:
-        masks = self.tokens == self.special.mask
+        masked = tokens == self.special.mask
         if not self.config.frame.infill:  # then one in the prompt is a token like any other
-            masks[: self.prompt_len] = False
-        return masks
+            masked[: len(prompt)] = False
+        return tokens, masked
+
+    def _rules(self, matchers: PrefixMatchers | None) -> CanvasConstraints:
+        params, frame, length = self.params, self.config.frame, self.plan.gen_length
+        read = params.constraints.prefix_grammar is not None
+        return CanvasConstraints(
+            params.constraints,
+            self.prompt_len,
+            never=self.special.eos if frame.logits_eos_inf else None,
+            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
+            length=length,
+            end=params.max_tokens or length,
+            frontier=frontier_of(params, self.special, matchers) if read else None,
+        )
 
     @property
     def visible(self) -> int:
@@ -236,7 +243,8 @@ class Canvas:
                 f"expected some of {self.blocks.positions.tolist()} that are not sent, got "
                 f"{positions.tolist()}"
             )
-        positions = remasked_with(positions, self)
+        if self.constraints.frontier is not None:
+            positions = remasked_with(positions, self)
         self.tokens[positions] = self.special.mask
         self.masked[positions] = True
         self.trace.forget(positions)

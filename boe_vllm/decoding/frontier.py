@@ -20,7 +20,7 @@ from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.canvas_constraints import CanvasConstraints, frontier_on_canvas
+from boe_vllm.sampling.canvas_constraints import frontier_on_canvas
 from boe_vllm.sampling.frontier import FrontierGrammar
 from boe_vllm.sampling.prefix import PrefixMatchers
 
@@ -28,55 +28,38 @@ if TYPE_CHECKING:
     from boe_vllm.decoding.canvas import Canvas
 
 
-def rules_of(
-    params: ResolvedRequest,
-    prompt_len: int,
-    special: SpecialTokens,
-    matchers: PrefixMatchers | None,
-) -> CanvasConstraints:
-    """What may be written where on a request's canvas.
+def frontier_of(
+    params: ResolvedRequest, special: SpecialTokens, matchers: PrefixMatchers | None
+) -> FrontierGrammar:
+    """The grammar of such a request, on its empty canvas.
 
     Args:
         params: what the request asked for.
-        prompt_len: tokens of the prompt.
         special: ids of the mask and of the ends of text.
         matchers: the parser of grammars, where there is one.
 
     Raises:
         ValueError: for a grammar that nobody here can read.
     """
-    frame, length = params.config.frame, params.plan.gen_length
-    end, frontier = params.max_tokens or length, None
-    if params.constraints.prefix_grammar is not None:
-        if matchers is None:
-            raise ValueError(
-                "structured_outputs: expected a grammar with a finite automaton where there is no "
-                "parser, got one without; send a schema or an expression"
-            )
-        frontier = frontier_on_canvas(
-            params.constraints,
-            matchers,
-            length=length,
-            end=end,
-            mask_token_id=special.mask,
-            eos_token_id=special.eos,
+    if matchers is None:
+        raise ValueError(
+            "structured_outputs: expected a grammar with a finite automaton where there is no "
+            "parser, got one without; send a schema or an expression"
         )
-    return CanvasConstraints(
+    return frontier_on_canvas(
         params.constraints,
-        prompt_len,
-        never=special.eos if frame.logits_eos_inf else None,
-        discounted=tuple(sorted(special.late)) if frame.confidence_eos_eot_inf else (),
-        length=length,
-        end=end,
-        frontier=frontier,
+        matchers,
+        length=params.plan.gen_length,
+        end=params.max_tokens or params.plan.gen_length,
+        mask_token_id=special.mask,
+        eos_token_id=special.eos,
     )
 
 
 def narrowed(view: View, canvas: Canvas) -> View:
-    """The view in which only the frontier may be written; the same without such a grammar."""
+    """The view in which only the frontier may be written."""
     frontier = canvas.constraints.frontier
-    if frontier is None:
-        return view
+    assert frontier is not None
     canvas.constraints.take_in(canvas.tokens, canvas.masked)
     first = _first(view, canvas)
     run = _run(view, frontier, first)
@@ -98,13 +81,14 @@ def narrowed(view: View, canvas: Canvas) -> View:
 
 
 def along(commit: Commit, view: View, canvas: Canvas) -> Commit:
-    """What is written of a policy's decision; the decision itself without such a grammar.
+    """What is written of a policy's decision.
 
     At least one position is written, unless the policy wants to write none: where its token does
     not stand, one that does.
     """
     frontier = canvas.constraints.frontier
-    if frontier is None or commit.idle:
+    assert frontier is not None
+    if commit.idle:
         return commit
     if canvas.blocks.last_step:
         commit = finishing(commit, view)
@@ -132,13 +116,10 @@ def along(commit: Commit, view: View, canvas: Canvas) -> Commit:
 
 
 def remasked_with(positions: IntArray, canvas: Canvas) -> IntArray:
-    """Positions to be masked again, and under such a grammar all of the block behind them: what is
-    written stands on what is before it."""
-    own = positions[positions >= canvas.prompt_len]
-    if canvas.constraints.frontier is None or not len(own):
-        return positions
+    """Positions to be masked again, and all of the block behind them, which stands on them."""
     written = canvas.blocks.written(canvas.masked)
-    return np.union1d(positions, written[written >= own.min()])
+    first = positions[positions >= canvas.prompt_len].min(initial=len(canvas.tokens))
+    return np.union1d(positions, written[written >= first])
 
 
 def _first(view: View, canvas: Canvas) -> int:

@@ -92,7 +92,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         late_tokens=canvas.late_tokens,
         memory=canvas.memory,
     )
-    return narrowed(view, canvas)
+    return view if canvas.constraints.frontier is None else narrowed(view, canvas)
 
 
 def decide(
@@ -135,9 +135,12 @@ def _along(
     views: Mapping[int, View],
     errors: Errors,
 ) -> dict[int, Commit]:
-    """The decisions, as far as a grammar lets them be written; see `decoding.frontier`."""
+    """The decisions, where only the frontier may be written what of them is; see there."""
     found: dict[int, Commit] = {}
     for n, commit in commits.items():
+        if canvases[n].constraints.frontier is None:
+            found[n] = commit
+            continue
         try:
             found[n] = along(commit, views[n], canvases[n])
         except Exception as error:

@@ -215,11 +215,16 @@ def test_predict_prints_passes_beside_rows_and_says_whether_the_defaults_are_dea
 
 
 def test_predict_counts_the_puzzles_of_the_bundled_checkpoint(capsys):
-    arguments = ["--states", "puzzles", "--policies", "confidence,joint", "--caches", "none"]
+    policies = "confidence,joint,joint adaptive"
+    arguments = ["--states", "puzzles", "--policies", policies, "--caches", "none"]
     assert main(["predict", "--requests", "8", *arguments]) == 0
     sure = {r["policy"]: r for r in last_line(capsys.readouterr().out)["details"]}
     # Where the network is sure, tokens join without a round of their own.
     assert 1 < sure["joint"]["rounds"] < 4
+    plain = sure["confidence"]
+    assert plain["steps an answer"] == pytest.approx((36 / 4 + 36 / 4 + 32 / 4) / 3)
+    assert plain["ms an answer"] == pytest.approx(plain["ms"] * plain["steps an answer"] / 8)
+    assert sure["joint adaptive"]["steps an answer"] != plain["steps an answer"]
 
 
 def test_measured_steps_are_predicted_to_a_tenth(tmp_path):

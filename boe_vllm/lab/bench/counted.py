@@ -112,10 +112,14 @@ def count_random(
     return _record(loop, most or lengths.steps)
 
 
-def count_puzzles(fields: Fields, requests: int, tokens_per_step: int) -> list[Step]:
-    """Steps of the bundled checkpoint on unseen puzzles, so many at a time, at their own lengths.
+def puzzles(requests: int) -> int:
+    """How many answers `count_puzzles` decodes: whole batches, at least `FEWEST` of each kind."""
+    return len(PUZZLES) * requests * -(-FEWEST // requests)
 
-    Of every kind of puzzle there are at least eight.
+
+def count_puzzles(fields: Fields, requests: int, tokens_per_step: int) -> list[Step]:
+    """All steps of the bundled checkpoint on `puzzles(requests)` unseen puzzles, so many at a time,
+    at their own lengths.
     """
     from tokenizers import Tokenizer
 
@@ -123,7 +127,7 @@ def count_puzzles(fields: Fields, requests: int, tokens_per_step: int) -> list[S
     counted: list[Step] = []
     for name in PUZZLES:
         task = get_task(name)
-        items = task.items(max(FEWEST, requests), seed=0, split="test")
+        items = task.items(puzzles(requests) // len(PUZZLES), seed=0, split="test")
         prompts = [tokenizer.encode(item.prompt, add_special_tokens=False).ids for item in items]
         settings = {
             "block_length": task.gen_length,
@@ -135,7 +139,7 @@ def count_puzzles(fields: Fields, requests: int, tokens_per_step: int) -> list[S
             room = sum(len(prompt) + task.gen_length for prompt in together)
             loop = loop_over(_bundled_network(), cache_rows=room if "cache" in fields else 0)
             fill(loop, settings, together, canvas=task.gen_length)
-            counted += _record(loop, -(-task.gen_length // tokens_per_step))
+            counted += _record(loop, task.gen_length)
     return counted
 
 

@@ -6,6 +6,10 @@ on its own puzzles, at their lengths. From passes, rows, launches and copies, th
 and the machine's ceilings follows the time of a step (`boe_vllm/lab/bench/costs.py`), as a mean
 over the steps of one block. Nothing runs on a GPU.
 
+Policies with a number of tokens of their own make fewer or more steps than the others, so that
+their steps cannot be compared. For puzzles, which are decoded to their ends, the time of an answer
+is printed as well: that of all steps of a batch, divided by its requests.
+
 `--check FILE` compares with what `scripts/gpu_check.py` has measured, its JSON lines.
 """
 
@@ -21,7 +25,7 @@ from boe_vllm.lab.bench import common, costs
 from boe_vllm.lab.bench.ceilings import CARDS, Ceilings
 from boe_vllm.lab.bench.checkpoint import read_llada
 from boe_vllm.lab.bench.costs import Network, Prediction
-from boe_vllm.lab.bench.counted import Lengths, count_puzzles, count_random
+from boe_vllm.lab.bench.counted import Lengths, count_puzzles, count_random, puzzles
 from boe_vllm.lab.bench.launches import CODES, CURRENT, Code
 from boe_vllm.lab.bench.passes import Step, layer_passes, layer_rows
 from boe_vllm.lab.bench.predict_check import compare
@@ -34,6 +38,7 @@ MODELS = {"llada-8b": LLaDAConfig(mlp_hidden_size=12288)}
 BASE = "confidence"
 LIMIT = 1.5
 """Times a confidence step, from which on a default is said to be dear at one request."""
+DEFAULTS = ("joint", "joint adaptive", "boe")
 CACHES = ("none", "prefix", "dual")
 
 
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=common.integers, default=[1, 8, 25, 64])
     known = list(STEPS)
     parser.add_argument(
-        "--policies", type=common.names(known), default=known[:6], help=f"out of {known}"
+        "--policies", type=common.names(known), default=known[:8], help=f"out of {known}"
     )
     parser.add_argument("--caches", type=common.names(CACHES), default=["none", "dual"])
     parser.add_argument("--states", choices=("random", "puzzles"), default="random")
@@ -122,7 +127,12 @@ def _table(
             predicted = costs.mean([costs.predict(step, network, ceilings, code) for step in steps])
             if name == BASE:
                 plain = predicted
-            rows.append(_row(name, cache, steps, predicted, plain, network, code))
+            row = _row(name, cache, steps, predicted, plain, network, code)
+            if args.states == "puzzles":
+                answers = puzzles(requests)
+                row["steps an answer"] = len(steps) * requests / answers
+                row["ms an answer"] = predicted.seconds * 1e3 * len(steps) / answers
+            rows.append(row)
     return rows
 
 
@@ -186,7 +196,7 @@ def _explain(ceilings: Ceilings, keys: dict[str, float | None], args: argparse.N
     )
     for key, ratio in keys.items():
         name = key.removeprefix("predict.").removesuffix("_over_confidence").replace("_", " ")
-        if ratio is not None and name in ("joint", "boe"):
+        if ratio is not None and name in DEFAULTS:
             side = "above" if ratio > LIMIT else "within"
             print(
                 f"{name} at one request and {args.tokens_per_step} tokens a step: predicted at "

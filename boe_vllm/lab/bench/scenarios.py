@@ -20,10 +20,12 @@ STEPS: dict[str, Fields] = {
     "boe paper": {**BOE, "preset": "paper"},
     "boe kv": KV,
     "pairwise": PAIRWISE,
+    "joint adaptive": {**JOINT, "commit": "rounds"},
+    "eb": {"policy": "eb", "gamma": 0.01},
     "info-gain": {"policy": "info-gain"},
     "klass": {"policy": "klass"},
 }
-"""What a step of each may cost; tokens a step come from whoever asks."""
+"""What a step of each may cost; tokens a step come from whoever asks, or are a policy's own."""
 
 FOUR = {"tokens_per_step": 4}
 DECODES: dict[str, Fields] = {
