@@ -213,8 +213,23 @@ def test_one_watches_canvases_fill_in_a_browser(url):
         tab.fill("#policies", "nope")
         tab.click("#start")
         tab.locator("#problem", has_text="policy").wait_for(timeout=60_000)
+        tab.route("**/v1/**", behind_a_key)
+        tab.fill("#policies", "confidence")
+        tab.click("#start")
+        tab.locator("#problem", has_text="This server has a key").wait_for(timeout=60_000)
+        tab.fill("#key", "secret")
+        tab.click("#start")
+        tab.wait_for_selector("section.policy[data-done]", timeout=60_000)
         opened.close()
-    assert all("400" in problem for problem in problems), problems
+    assert all("400" in problem or "401" in problem for problem in problems), problems
+
+
+def behind_a_key(route):
+    """What vLLM does under `--api-key`."""
+    if route.request.headers.get("authorization") == "Bearer secret":
+        route.continue_()
+    else:
+        route.fulfill(status=401, json={"error": "Unauthorized"})
 
 
 def running(url):

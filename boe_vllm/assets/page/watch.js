@@ -97,6 +97,18 @@ async function* eventsOf(answer) {
   }
 }
 
+// Asks with the key that was typed, which is kept nowhere else.
+async function ask(path, signal, body) {
+  const key = byId("key").value;
+  const headers = { "Content-Type": "application/json" };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const answer = await fetch(path, body ?
+    { method: "POST", headers, body: JSON.stringify(body), signal } : { headers, signal });
+  if (answer.status === 401) throw new Error("This server has a key; type it above.");
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  return answer;
+}
+
 async function watch(policy, panel, model, signal) {
   const body = {
     model,
@@ -106,13 +118,7 @@ async function watch(policy, panel, model, signal) {
     stream: true,
     vllm_xargs: { policy, tokens_per_step: Number(byId("rate").value), stream_canvas: true },
   };
-  const answer = await fetch("v1/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  const answer = await ask("v1/completions", signal, body);
   for await (const event of eventsOf(answer)) {
     if (event.error) throw new Error(event.error.message);
     if (event.canvas) panel.show(event.canvas);
@@ -129,7 +135,7 @@ async function start(event) {
   const panels = names.map((name) => new Panel(name));
   byId("panels").replaceChildren(...panels.map((panel) => panel.root));
   try {
-    const models = await (await fetch("v1/models", { signal: mine.signal })).json();
+    const models = await (await ask("v1/models", mine.signal)).json();
     const model = models.data[0].id;
     await Promise.all(names.map((name, n) => watch(name, panels[n], model, mine.signal)));
   } catch (error) {
