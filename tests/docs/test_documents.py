@@ -46,6 +46,9 @@ RUN_BY = {
     r"python scripts/modules_passed.py": f"{HERE}::test_a_request_passes_the_modules",
     r"python examples/client.py": f"{PLUGIN}/test_server.py::test_the_client_example_runs",
     r"python examples/grammar.py": f"{PLUGIN}/test_server.py::test_the_grammar_example_runs",
+    r"python examples/beside_grammars.py": (
+        f"{PLUGIN}/test_server.py::test_the_example_of_companies_runs"
+    ),
     r"python examples/notebook.py": "tests/denoiser/test_denoiser.py::test_the_example_runs",
     r"python examples/throughput.py": f"{HERE}::test_the_throughput_example_runs",
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",

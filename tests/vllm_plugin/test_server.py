@@ -642,6 +642,16 @@ def test_the_grammar_example_runs(url):
     assert [(line["policy"], line["valid"]) for line in lines] == [("confidence", 2), ("eb", 2)]
 
 
+def test_the_example_of_companies_runs(url):
+    short = ["--base-url", f"{url}/v1", "--seconds", "1", "--clients", "1", "--fields", "4"]
+    command = [sys.executable, str(EXAMPLES / "beside_grammars.py"), *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["beside"] for line in lines] == ["none", "free", "automaton", "frontier"]
+    assert all(line["requests"] > 0 for line in lines) and lines[2]["others"] > 0
+
+
 def test_other_grammars_hold_too(url):
     def text(**asked):
         body = {"model": MODEL, "prompt": "A:1+2=", "max_tokens": 12, "temperature": 1.0, "seed": 2}
