@@ -136,5 +136,6 @@ def _constraints(wire: Mapping[str, Any], grammar: str | None) -> TokenConstrain
         stop_token_ids=tuple(wire["stop_token_ids"]),
         bad_words=tuple(tuple(word) for word in wire["bad_words"]),
         prefix_grammar=wire["prefix_grammar"],
+        prefix_end=None if wire["prefix_end"] is None else tuple(wire["prefix_end"]),
         grammar=None if grammar is None else TokenAutomaton.from_text(grammar),
     )

@@ -7,6 +7,8 @@ from left to right by a parser (`sampling.frontier`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,17 +18,16 @@ from boe_vllm.base.options import shown
 from boe_vllm.request.grammar import Grammar, compiled, refused
 from boe_vllm.request.resolved import ResolvedRequest
 from boe_vllm.sampling.automaton import TokenAutomaton
-from boe_vllm.sampling.canvas_constraints import frontier_on_canvas, grammar_on_canvas
+from boe_vllm.sampling.canvas_constraints import grammar_on_canvas, never_under_grammar
+from boe_vllm.sampling.completions import Completions
+from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.sampling.prefix import PrefixMatchers
 
 if TYPE_CHECKING:
     from boe_vllm.request.facts import ModelFacts
 
-MAX_TOKENS = 1024
-"""Tokens of the first end of a text that is looked for, where a canvas is shorter."""
 
-
-class GrammarParser(PrefixMatchers, Protocol):
+class GrammarParser(PrefixMatchers, Hashable, Protocol):
     """A parser, with what it makes of a request's grammar."""
 
     def read(self, grammar: Grammar, timeout: float) -> str:
@@ -126,26 +127,37 @@ def _in_any_order(
 
 
 def _from_left_to_right(text: str, request: ResolvedRequest, model: ModelFacts) -> ResolvedRequest:
-    assert model.parser is not None
     _check_alone(request)
-    constraints = dataclasses.replace(request.constraints, prefix_grammar=text)
-    canvas = frontier_on_canvas(
-        constraints,
-        model.parser(),
-        length=request.plan.gen_length,
-        end=request.max_tokens,
-        mask_token_id=model.mask_token_id,
-        eos_token_id=model.eos_token_id,
-        most=max(request.max_tokens, MAX_TOKENS),
-    )
-    if canvas.least is None:
+    end = first_end(text, request.constraints.everywhere, model)
+    if end is None:
         raise refused(
-            f"a grammar of which some text of at most {max(request.max_tokens, MAX_TOKENS)} tokens "
-            f"can be found, got one where none was; make it simpler, or loosen allowed_token_ids "
-            f"and bad_words"
+            f"a grammar of which some text of at most {model.max_model_len} tokens can be found, "
+            f"got one where none was; make it simpler, or loosen allowed_token_ids and bad_words"
         )
-    _check_length(canvas.least, request, "that was found")
+    _check_length(len(end), request, "that was found")
+    constraints = dataclasses.replace(request.constraints, prefix_grammar=text, prefix_end=end)
     return dataclasses.replace(request, constraints=constraints)
+
+
+def first_end(text: str, everywhere: Constraint, model: ModelFacts) -> tuple[int, ...] | None:
+    """A short text of a grammar that is read from left to right, in tokens; None if none was found.
+    It is remembered.
+
+    Args:
+        text: the grammar, as the parser's own.
+        everywhere: what holds at every position.
+        model: what will decode it, with a parser.
+    """
+    assert model.parser is not None
+    parser = model.parser()
+    never_V = never_under_grammar(everywhere, parser.texts, model.mask_token_id, model.eos_token_id)
+    return _first_end(parser, text, model.max_model_len, never_V.tobytes())
+
+
+@functools.lru_cache(maxsize=64)
+def _first_end(parser: GrammarParser, text: str, most: int, never: bytes) -> tuple[int, ...] | None:
+    never_V = np.frombuffer(never, bool)
+    return Completions(parser.texts, never_V).find(parser.open(text), most)
 
 
 def _check_alone(request: ResolvedRequest) -> None:

@@ -13,6 +13,7 @@ Legend: `L` positions of prompt and canvas, `M` some masked positions, `b` write
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,6 +42,29 @@ def grammar_on_canvas(constraints: TokenConstraints, length: int, end: int) -> C
     )
 
 
+def never_under_grammar(
+    everywhere: Constraint,
+    texts: Sequence[bytes | None],
+    mask_token_id: int,
+    eos_token_id: int,
+) -> BoolArray:
+    """[V] tokens that may stand nowhere on the canvas of a grammar that is read from left to right.
+
+    Args:
+        everywhere: what holds at every position.
+        texts: [V] the bytes of each token; None for one that is no text.
+        mask_token_id: which may stand nowhere.
+        eos_token_id: ends a text.
+    """
+    never_V = np.array([text is None for text in texts])
+    never_V[eos_token_id] = False
+    if everywhere.allowed_token_ids is not None:
+        never_V |= ~np.isin(np.arange(len(never_V)), everywhere.allowed_token_ids)
+    never_V[everywhere.banned_token_ids] = True
+    never_V[mask_token_id] = True
+    return never_V
+
+
 def frontier_on_canvas(
     constraints: TokenConstraints,
     matchers: PrefixMatchers,
@@ -49,38 +73,31 @@ def frontier_on_canvas(
     end: int,
     mask_token_id: int,
     eos_token_id: int,
-    most: int | None = None,
 ) -> FrontierGrammar:
     """The grammar of a request that can only be read from left to right, on an empty canvas.
 
     Args:
-        constraints: the request's, such a grammar among them.
+        constraints: the request's, such a grammar and a text of it among them.
         matchers: its parser.
         length: tokens of the canvas.
         end: how many of them are sent at most.
         mask_token_id: which may stand nowhere.
         eos_token_id: ends a text.
-        most: tokens of the first end that is looked for; None for `end`.
 
     Raises:
         ValueError: for what the parser does not take.
     """
     assert constraints.prefix_grammar is not None
-    everywhere = constraints.everywhere
-    never_V = np.array([text is None for text in matchers.texts])
-    never_V[eos_token_id] = False
-    if everywhere.allowed_token_ids is not None:
-        never_V |= ~np.isin(np.arange(len(never_V)), everywhere.allowed_token_ids)
-    never_V[everywhere.banned_token_ids] = True
-    never_V[mask_token_id] = True
     return FrontierGrammar(
         matchers,
         constraints.prefix_grammar,
         length=length,
         end=end,
         eos_token_id=eos_token_id,
-        never_V=never_V,
-        most=most,
+        never_V=never_under_grammar(
+            constraints.everywhere, matchers.texts, mask_token_id, eos_token_id
+        ),
+        known=constraints.prefix_end,
     )
 
 

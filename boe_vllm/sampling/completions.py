@@ -18,7 +18,8 @@ from boe_vllm.base.arrays import BoolArray
 from boe_vllm.sampling.prefix import PrefixMatcher
 
 # Bytes that are tried, in the order of their kinds; where many may come next, as within a string,
-# so many of each kind. White space, which most grammars let stand or not, counts as several tokens.
+# so many of each kind. What opens something has to be closed, and white space, which most grammars
+# let stand or not, brings nothing nearer: they count as several tokens.
 _KINDS: tuple[tuple[bytes, int], ...] = (
     (b"\"}])'>;", 3),
     (b",:", 2),
@@ -29,8 +30,9 @@ _KINDS: tuple[tuple[bytes, int], ...] = (
     (b" \n\t\r", 1),
 )
 _FEW = 16
-_BLANKS, _BLANK_COST = (b" ", b"\n", b"\t", b"\r"), 6
+_DEAR = dict.fromkeys((b"{", b"[", b"(", b"<"), 2) | dict.fromkeys((b" ", b"\n", b"\t", b"\r"), 6)
 _NEAR, _FAR = 64, 512  # tokens that are tried for a whole end, and for the next piece of one
+_FIRST, _NEXT = 1 << 15, 1 << 9  # for the first end of a text, and after each token of it
 _SUFFIXES = 3  # of the end that was known before, at which a new one may go on
 
 
@@ -48,20 +50,23 @@ class Completions:
         single = {text: n for n, text in enumerate(texts) if text and len(text) == 1}
         found = [[single.get(bytes([byte])) for byte in kind] for kind, _ in _KINDS]
         self._kinds = [np.array([n for n in kind if n is not None], np.int64) for kind in found]
+        self._left = 0
 
     def find(
-        self, matcher: PrefixMatcher, most: int, before: Sequence[int] = ()
+        self, matcher: PrefixMatcher, most: int, before: Sequence[int] | None = None
     ) -> tuple[int, ...] | None:
         """Tokens by which the text may end, the end of text left out; None if none were found.
 
         Args:
             matcher: where the text stands; it is left there.
             most: tokens that there is room for.
-            before: an end that was known one token before, at which this one may go on.
+            before: an end that was known one token before, at which this one may go on; None for
+                the first one, which may take longer.
         """
-        end = self._end(matcher, before)
+        self._left = _FIRST if before is None else _NEXT
+        end = self._end(matcher, before or ())
         if end is None:
-            found = self._search(matcher, most, _NEAR, before=before)
+            found = self._search(matcher, most, _NEAR, before=before or ())
             if found is not None:
                 end = found[0]
         if end is None or len(end) > most:
@@ -74,7 +79,7 @@ class Completions:
             return ()
         for first in range(min(len(before), _SUFFIXES)):
             own, rest = matcher.copy(), before[first:]
-            if all(own.accept(token) for token in rest) and own.accepting():
+            if own.accept(*rest) and own.accepting():
                 return rest
         return None
 
@@ -116,19 +121,21 @@ class Completions:
         while waiting:
             cost, _, arrived, tokens, state = heapq.heappop(waiting)
             if arrived:
+                self._left -= tried
                 return tokens, state
             for rank, token in enumerate(self._candidates(state, wide)):
-                if len(tokens) >= room or tried >= budget:
+                if len(tokens) >= room or tried >= min(budget, self._left):
                     break
                 tried += 1
                 after = state.copy()
                 if not after.accept(token):
                     continue
-                dear = cost + 1 + rank + _BLANK_COST * (self.texts[token] in _BLANKS)
+                dear = cost + 1 + rank + _DEAR.get(self.texts[token] or b"", 0)
                 grown = [*tokens, token, *self._follow(after)]
                 end = self._end(after, before or ())
                 arrived = end is not None or (before is None and len(grown) > len(tokens) + 1)
                 heapq.heappush(waiting, (dear, tried, arrived, [*grown, *(end or ())], after))
+        self._left -= tried
         return None
 
     def _candidates(self, state: PrefixMatcher, wide: bool) -> list[int]:

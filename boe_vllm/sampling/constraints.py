@@ -178,6 +178,8 @@ class TokenConstraints:
     """What the whole output must be; no bad words of several tokens beside it."""
     prefix_grammar: str | None = None
     """The same, as text of a parser's, where it can only be read from left to right."""
+    prefix_end: tuple[int, ...] | None = None
+    """Tokens of a text that this grammar takes, without the end of text; None to look for one."""
 
     @property
     def any(self) -> bool:

@@ -36,7 +36,7 @@ class FrontierGrammar:
         end: int,
         eos_token_id: int,
         never_V: BoolArray,
-        most: int | None = None,
+        known: Sequence[int] | None = None,
     ) -> None:
         """Of an empty canvas.
 
@@ -47,7 +47,7 @@ class FrontierGrammar:
             end: positions at its beginning that are sent, in which the text must end.
             eos_token_id: ends a text, and fills what is behind it.
             never_V: [V] tokens that may stand nowhere.
-            most: tokens of the first end that is looked for; None for `end`.
+            known: a text that the grammar takes, in at most `end` tokens; None to look for one.
 
         Raises:
             ValueError: for what is no grammar.
@@ -56,19 +56,15 @@ class FrontierGrammar:
         self._matcher: PrefixMatcher = matchers.open(grammar)
         self._completions = Completions(matchers.texts, never_V)
         self._taken: list[int] = []  # the written beginning of the canvas
-        self._ends = [self._completions.find(self._matcher, end if most is None else most)]
+        first = self._completions.find(self._matcher, end) if known is None else tuple(known)
+        self._ends = [first]
         self._whole = True  # nothing of the written beginning contradicts the grammar
         self._constraints: dict[tuple[int, bytes], Constraint] = {}
 
     @property
-    def least(self) -> int | None:
-        """Tokens of the shortest text that was found; None if none was."""
-        return None if self._ends[0] is None else len(self._ends[0])
-
-    @property
     def possible(self) -> bool:
-        """Whether a text was found that fits."""
-        return self.least is not None and self.least <= self.end
+        """Whether a text is known that fits."""
+        return self._ends[0] is not None
 
     @property
     def frontier(self) -> int:

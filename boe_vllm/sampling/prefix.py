@@ -26,8 +26,8 @@ class PrefixMatcher(Protocol):
     def forced(self) -> bytes:
         """What comes next whatever else; empty if there is a choice."""
 
-    def accept(self, token: int) -> bool:
-        """Go on by a token if it may come next, and say whether it may."""
+    def accept(self, *tokens: int) -> bool:
+        """Go on by some tokens if they may come next, all or none, and say whether they may."""
 
     def back(self, count: int) -> None:
         """Take back the last tokens."""

@@ -141,19 +141,18 @@ async def _compile_grammar(vllm_config: Any, request: Any) -> None:
 
 
 def _compile(params: Any, vllm_config: Any) -> None:
-    from boe_vllm.request.under_grammar import made
+    from boe_vllm.request.under_grammar import first_end, made
+    from boe_vllm.sampling.constraints import Constraint
     from boe_vllm.vllm_plugin.grammars import grammar_of
     from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
 
     server, grammar = server_settings(vllm_config), grammar_of(params.structured_outputs)
     assert grammar is not None
     order = (params.extra_args or {}).get("grammar_order", server.config.frame.grammar_order)
-    made(
-        grammar,
-        model_facts(vllm_config.model_config),
-        order=order,
-        timeout=server.limits.grammar_timeout_s,
-    )
+    model = model_facts(vllm_config.model_config)
+    text = made(grammar, model, order=order, timeout=server.limits.grammar_timeout_s)
+    if isinstance(text, str):
+        first_end(text, Constraint(), model)
 
 
 def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:

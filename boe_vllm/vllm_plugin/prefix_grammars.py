@@ -61,11 +61,14 @@ class GuidanceMatcher:
         """What comes next whatever else."""
         return b"" if self._matcher.is_stopped() else bytes(self._matcher.compute_ff_bytes())
 
-    def accept(self, token: int) -> bool:
-        """Go on by a token if it may come next."""
-        if token == self._eos or self._matcher.is_stopped():
+    def accept(self, *tokens: int) -> bool:
+        """Go on by some tokens if they may come next, all or none."""
+        if self._eos in tokens or (tokens and self._matcher.is_stopped()):
             return False
-        return bool(self._matcher.try_consume_tokens([token]) == 1)
+        taken = self._matcher.try_consume_tokens(list(tokens))
+        if taken < len(tokens):
+            self.back(taken)
+        return bool(taken == len(tokens))
 
     def back(self, count: int) -> None:
         """Take back the last tokens."""

@@ -110,6 +110,16 @@ def test_a_tool_is_called_with_what_its_schema_asks_for(url, choice, stream):
         stream=stream,
         extra_body={"vllm_xargs": {"policy": "confidence", "block_length": 16}},
     )
+    calls = calls_of(answer, stream)
+    assert calls
+    for name, arguments in calls.values():
+        assert name in ("weather", "traffic")
+        found = json.loads(arguments)
+        assert found["city"] in ("Rome", "Oslo") and found["days"] in (1, 2)
+
+
+def calls_of(answer, stream):
+    """The calls of an answer, by their number: names and arguments."""
     calls = {}
     if stream:
         for chunk in answer:
@@ -123,11 +133,37 @@ def test_a_tool_is_called_with_what_its_schema_asks_for(url, choice, stream):
     else:
         for n, call in enumerate(answer.choices[0].message.tool_calls):
             calls[n] = call.function.name, call.function.arguments
-    assert calls
+    return calls
+
+
+def test_calls_that_a_model_chooses_to_make_are_parsed_from_runs_of_tokens(url):
+    """Two calls that lie over several blocks, with masks in them, and a text that is no call. The
+    bundled model makes none by itself: a template does."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    call = ['<tool_call>\n{"name": "weather", "arguments": {"city": "', 6, '"}}\n</tool_call>']
+    found = {}
+    for name, template in (("calls", [*call, "\n", *call]), ("text", ["Hello ", 4])):
+        for stream in (False, True):
+            found[name, stream] = client.chat.completions.create(
+                model=url.model,
+                messages=[{"role": "user", "content": "A:1+2="}],
+                temperature=0,
+                tools=TOOLS,
+                tool_choice="auto",
+                stream=stream,
+                extra_body={
+                    "allowed_token_ids": list(range(97, 123)),
+                    "vllm_xargs": {"block_length": 16, "canvas_template": json.dumps(template)},
+                },
+            )
+    calls = calls_of(found["calls", False], False)
+    assert calls_of(found["calls", True], True) == calls and list(calls) == [0, 1]
     for name, arguments in calls.values():
-        assert name in ("weather", "traffic")
-        found = json.loads(arguments)
-        assert found["city"] in ("Rome", "Oslo") and found["days"] in (1, 2)
+        assert name == "weather" and re.fullmatch("[a-z]{6}", json.loads(arguments)["city"])
+    (message,) = (choice.message for choice in found["text", False].choices)
+    pieces = [c.choices[0].delta.content or "" for c in found["text", True] if c.choices]
+    assert not message.tool_calls and "".join(pieces) == message.content
+    assert message.content.startswith("Hello ")
 
 
 def events_of(url, path, body):
