@@ -82,10 +82,10 @@ class Company:
     async def other(self, kind: str, until: float) -> None:
         """Ask for what the company is about."""
         while time.monotonic() < until:
-            body = self.body()
+            body = self.body(max_tokens=128)
             if kind != "free":
                 asked = schema(self.args.fields, bound=kind == "frontier")
-                body |= {"max_tokens": 128, "structured_outputs": {"json": asked}}
+                body |= {"structured_outputs": {"json": asked}}
             async with self.session.post("completions", json=body) as answer:
                 assert answer.status == 200, await answer.text()
                 await answer.read()
