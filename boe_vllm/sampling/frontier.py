@@ -22,6 +22,7 @@ from boe_vllm.sampling.constraints import Constraint
 from boe_vllm.sampling.prefix import PrefixMatcher, PrefixMatchers
 
 _NOTHING: tuple[int, ...] = ()
+_MOST_KNOWN = 256  # ends that are remembered
 
 
 class FrontierGrammar:
@@ -58,6 +59,7 @@ class FrontierGrammar:
         self._taken: list[int] = []  # the written beginning of the canvas
         first = self._completions.find(self._matcher, end) if known is None else tuple(known)
         self._ends = [first]
+        self._rests: dict[tuple[int, ...], tuple[int, ...] | None] = {}
         self._whole = True  # nothing of the written beginning contradicts the grammar
         self._constraints: dict[tuple[int, bytes], Constraint] = {}
 
@@ -99,11 +101,20 @@ class FrontierGrammar:
         before = self._ends[-1] or ()
         if before and before[0] == token:
             return True, before[1:]
-        rest = self._completions.find(self._matcher, room, before)
+        rest = self._rest(token, room, before)
         if rest is None:
             self._matcher.back(1)
             return False, ()
         return True, rest
+
+    def _rest(self, token: int, room: int, before: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The end after a token that the parser has just taken; a step asks for it repeatedly."""
+        text = (*self._taken, token)
+        if text not in self._rests:
+            if len(self._rests) >= _MOST_KNOWN:
+                self._rests.clear()
+            self._rests[text] = self._completions.find(self._matcher, room, before)
+        return self._rests[text]
 
     @property
     def _ended(self) -> bool:

@@ -23,6 +23,7 @@ FIELDS = [
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 import boe_vllm
 from boe_vllm.lab.tasks import get_task
 
@@ -37,6 +38,12 @@ def main():
             extra = {"block_length": 18, "tokens_per_step": 3} | own
             settings.append(SamplingParams(temperature=temperature, seed=n, max_tokens=36,
                                            ignore_eos=True, extra_args=extra))
+    # Every rank follows a grammar by itself.
+    for grammar in ({"grammar": 'root ::= "(" root ")" | [0-9]+'}, {"regex": "[0-9]+(-[0-9]+)*"}):
+        prompts.append("A:1+2=")
+        settings.append(SamplingParams(temperature=1.0, seed=1, max_tokens=24,
+                                       structured_outputs=StructuredOutputsParams(**grammar),
+                                       extra_args={"policy": "joint", "tokens_per_step": 3}))
     outputs = llm.generate(prompts, settings, use_tqdm=False)
     print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 
@@ -91,7 +98,8 @@ def tokens_with(size: int, tmp_path, text=SCRIPT, asked=None) -> list[list[int]]
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, one per rank")
 def test_two_ranks_give_the_tokens_of_one(tmp_path):
     one, two = tokens_with(1, tmp_path), tokens_with(2, tmp_path)
-    for fields, a, b in zip([f for f in FIELDS for _ in range(2)], one, two, strict=True):
+    asked = [*(f for f in FIELDS for _ in range(2)), "a parsed grammar", "an automaton"]
+    for fields, a, b in zip(asked, one, two, strict=True):
         assert a == b, fields
 
 
