@@ -223,6 +223,7 @@ def _sampling_fields(params: SamplingParams) -> SamplingFields:
             f"{shown(params.bad_words)}; remove it"
         )
     assert params.max_tokens is not None  # vLLM fills it in before us
+    asked = params.structured_outputs
     return SamplingFields(
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,
@@ -236,7 +237,7 @@ def _sampling_fields(params: SamplingParams) -> SamplingFields:
         allowed_token_ids=params.allowed_token_ids,
         bad_words=params.bad_words_token_ids or (),
         stop_token_ids=params.all_stop_token_ids,
-        grammar=grammar_of(params.structured_outputs),
+        grammar=None if asked is None else grammar_of(asked),
     )
 
 

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
 
 
-def grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
-    """What a request's output must be; None for anything."""
-    if params is None:
-        return None
+def grammar_of(params: StructuredOutputsParams) -> Grammar:
+    """What a request's output must be."""
     whitespace = "" if params.disable_any_whitespace else params.whitespace_pattern
     if params.json is not None:
         schema = params.json if isinstance(params.json, str) else json.dumps(params.json)

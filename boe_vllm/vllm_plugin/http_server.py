@@ -147,7 +147,6 @@ def _compile(params: Any, vllm_config: Any) -> None:
     from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
 
     server, grammar = server_settings(vllm_config), grammar_of(params.structured_outputs)
-    assert grammar is not None
     order = (params.extra_args or {}).get("grammar_order", server.config.frame.grammar_order)
     model = model_facts(vllm_config.model_config)
     text = made(grammar, model, order=order, timeout=server.limits.grammar_timeout_s)
