@@ -9,7 +9,7 @@ round stands for the next step's forward and computes a few rows instead of all.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,17 +21,29 @@ from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
 
-def bounded_prefix(entropy: FloatArray, scores: FloatArray, gamma: float) -> IntArray:
-    """Indices of the prefix within the bound, best first, at least one.
+Pivot = Literal["entropy", "confidence"]
+"""Which position is written where nothing is sure: of least entropy, or the most probable."""
+
+
+def bounded_set(
+    entropy: FloatArray, confidence: FloatArray, gamma: float, pivot: Pivot = "entropy"
+) -> IntArray:
+    """Indices of what a bound lets be written together, at least one.
+
+    The prefix of `eb`; where that is a single position, nothing is sure, and `pivot` says which.
 
     Args:
         entropy: [M] nats.
-        scores: [M] the order, the best first; -inf for what may only come last.
+        confidence: [M] probabilities; -inf for what may only come last, and then alone.
         gamma: the bound, nats.
+        pivot: how a single position is chosen.
     """
-    order = top(scores, len(scores))
-    count = bounded_count(entropy[order], gamma)
-    return order[: max(1, min(count, int(np.isfinite(scores).sum())))]
+    early = np.isfinite(confidence)
+    order = top(np.where(early, -entropy, -np.inf), len(entropy))
+    count = min(bounded_count(entropy[order], gamma), int(early.sum()))
+    if count <= 1 and pivot == "confidence":
+        return top(confidence, 1)
+    return order[: max(1, count)]
 
 
 class Bound(Protocol):
@@ -39,7 +51,7 @@ class Bound(Protocol):
 
     @property
     def gamma(self) -> float:
-        """On each round's prefix, nats."""
+        """On what is written from one prediction, nats."""
 
     @property
     def pool(self) -> int:
@@ -56,7 +68,7 @@ class Bound(Protocol):
 
 
 def bounded_commit(
-    view: View, first: IntArray, scores: FloatArray, bound: Bound
+    view: View, first: IntArray, scores: FloatArray, bound: Bound, pivot: Pivot = "entropy"
 ) -> Generator[Query[Any], Any, Commit]:
     """The first set and what the rounds add to it.
 
@@ -67,6 +79,7 @@ def bounded_commit(
         first: [b] indices that are written in any case.
         scores: [M] to be reported.
         bound: the policy's settings.
+        pivot: how a round's single position is chosen.
     """
     tokens, uniform = view.proposal.copy(), view.uniforms(randomness.WRITE)
     entropy = view.entropy.copy()
@@ -90,8 +103,9 @@ def bounded_commit(
         surest[asked] = np.where(may, -entropy[asked], -np.inf)
         if not may.any() or -surest[asked].max() > bound.trust:
             break
-        prefix = bounded_prefix(entropy[asked], surest[asked], bound.gamma)
-        chosen = np.concatenate([chosen, asked[prefix]])
+        confidence = np.where(may, given.confidence, -np.inf)
+        more = bounded_set(entropy[asked], confidence, bound.gamma, pivot)
+        chosen = np.concatenate([chosen, asked[more]])
     return Commit(chosen=chosen, tokens=tokens[chosen], scores=scores)
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, View, certainty
-from boe_vllm.policies.bounded import bounded_commit, bounded_prefix, bounded_rows
+from boe_vllm.policies.bounded import Pivot, bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import CompositionConfig, composed
 from boe_vllm.policies.selection import (
     CERTAIN,
@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 1,
         "pool": 64,
         "trust": 0.5,
+        "pivot": "entropy",
     },
 }
 
@@ -70,6 +71,9 @@ class JointConfig(CompositionConfig):
     trust: Annotated[float, Field(ge=0)] = 0.5
     """Entropy of the surest position left up to which a round is run, and then writes, nats; above
     it the next step decides."""
+    pivot: Pivot = "entropy"
+    """Which position is written under `commit` "rounds" where the bound allows only one, so that
+    nothing is sure: that of least entropy, or the most probable ("confidence")."""
     multiple: Annotated[float, Field(ge=1, le=1e6)] = 2.0
     """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
@@ -111,10 +115,11 @@ class JointPolicy(Policy[JointConfig]):
         return (yield from composed(self.choose, view, self.config, ranks=False))
 
     def bounded(self, view: View) -> Asking:
-        """The bound's prefix and that of each round."""
+        """What the bound allows, and what it allows in each round."""
         scores = certainty(view, "entropy")
-        first = bounded_prefix(view.entropy, scores, self.config.gamma)
-        return (yield from bounded_commit(view, first, scores, self.config))
+        config = self.config
+        first = bounded_set(view.entropy, view.confidence, config.gamma, config.pivot)
+        return (yield from bounded_commit(view, first, scores, config, config.pivot))
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""

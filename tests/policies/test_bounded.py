@@ -5,7 +5,7 @@ import pytest
 from test_policies import make_view, run
 
 from boe_vllm.policies import load_policy
-from boe_vllm.policies.bounded import bounded_prefix
+from boe_vllm.policies.bounded import bounded_set
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.importance import TokenImportance
@@ -62,13 +62,48 @@ def test_what_is_not_trusted_waits_for_the_next_step(entropy, asked):
     assert len(queries) == asked and commit.chosen.tolist() == [0]
 
 
-def test_without_rounds_it_is_eb():
+def by_the_text(entropy, confidence, gamma, pivot):
+    """What `bounded_set` promises, position by position: add the surest while all but the largest
+    entropy stay within the bound; `pivot` decides where only one could be added."""
+    order = sorted(range(len(entropy)), key=lambda i: (entropy[i], i))
+    chosen = order[:1]
+    for i in order[1:]:
+        together = [entropy[j] for j in [*chosen, i]]
+        if sum(together) - max(together) > gamma:
+            break
+        chosen.append(i)
+    if len(chosen) == 1 and pivot == "confidence":
+        return [max(range(len(entropy)), key=lambda i: (confidence[i], -i))]
+    return chosen
+
+
+@pytest.mark.parametrize("pivot", ["entropy", "confidence"])
+def test_without_rounds_it_is_the_prefix_of_eb_but_for_a_pivot(pivot):
     rng = np.random.default_rng(3)
-    for _ in range(50):
-        view = view_of(rng.exponential(0.02, 12).clip(0, 0.9))
-        _, ours = run(policy(policy="joint", rounds=0), view)
+    lone = 0
+    for scale in [0.02, 0.5] * 30:
+        entropy, confidence = rng.exponential(scale, 12), rng.uniform(0.1, 0.9, 12)
+        view = make_view(confidence, entropy=entropy)
+        _, ours = run(policy(policy="joint", rounds=0, pivot=pivot), view)
         _, theirs = run(policy(policy="eb", gamma=0.01), view)
-        assert ours.chosen.tolist() == theirs.chosen.tolist()
+        assert ours.chosen.tolist() == by_the_text(entropy, confidence, 0.01, pivot)
+        lone += len(theirs.chosen) == 1
+        if pivot == "entropy" or len(theirs.chosen) > 1:
+            assert ours.chosen.tolist() == theirs.chosen.tolist()
+    assert 10 < lone < 50
+
+
+def test_a_round_has_a_pivot_of_its_own():
+    view = make_view([0.9, 0.5, 0.5, 0.5], entropy=[0.2, 0.5, 0.5, 0.5])
+
+    def reply(query):
+        own = dict(entropy=np.array([0.3, 0.4, 0.45]), confidence=np.array([0.7, 0.6, 0.8]))
+        return Conditioned(proposal=query.queried + 90, **own)
+
+    for pivot, chosen in {"entropy": 1, "confidence": 3}.items():
+        _, commit = run(policy(policy="joint", pivot=pivot), view, reply)
+        assert commit.chosen.tolist() == [0, chosen]
+        assert commit.tokens.tolist() == [50, 90 + chosen]
 
 
 def test_the_last_position_needs_no_round():
@@ -104,10 +139,13 @@ def test_a_bound_beside_remasking_is_refused():
     assert parse_sampler_config({"policy": "joint", "remask": "remdm"}).settings.commit is None
 
 
-def test_the_prefix_takes_nothing_that_comes_last_but_alone():
-    entropy = np.zeros(3)
-    assert bounded_prefix(entropy, np.array([-np.inf, 0.0, 0.0]), 1.0).tolist() == [1, 2]
-    assert bounded_prefix(entropy, np.full(3, -np.inf), 1.0).tolist() == [0]
+def test_what_comes_last_is_written_only_alone():
+    last = -np.inf
+    sure, unsure = np.zeros(3), np.full(3, 0.5)
+    assert bounded_set(sure, np.array([last, 0.9, 0.8]), 1.0).tolist() == [1, 2]
+    for pivot, chosen in {"entropy": 1, "confidence": 2}.items():
+        assert bounded_set(unsure, np.array([last, 0.2, 0.3]), 0.0, pivot).tolist() == [chosen]
+        assert bounded_set(sure, np.full(3, last), 1.0, pivot).tolist() == [0]
 
 
 def test_rows_are_those_of_the_conditional():
