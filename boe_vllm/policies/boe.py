@@ -73,13 +73,13 @@ class BoEPolicy(Policy[BoEConfig]):
 
     def bounded(self, view: View) -> Asking:
         """What the bound allows, or where it is one unsure position the best by score; rounds."""
-        config, scores = self.config, certainty(view, "entropy")
-        first = bounded_set(view.entropy, view.confidence, config.gamma)
+        config, scores, bound = self.config, certainty(view, "entropy"), self.config.allowed()
+        first = bounded_set(view.entropy, view.confidence, bound)
         if len(first) == 1 and len(scores) > 1 and not sure(view, first, config):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))
             assert pivot.scores is not None
             first, scores = pivot.chosen, pivot.scores
-        return (yield from bounded_commit(view, first, scores, config))
+        return (yield from bounded_commit(view, first, scores, bound))
 
     def choose(self, view: View) -> Asking:
         """Candidates, their scores, and the set."""

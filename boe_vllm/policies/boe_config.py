@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 
 from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
+from boe_vllm.policies.bounded import Bound
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.importance import Context, Surrogate
 
@@ -154,6 +155,12 @@ class BoEConfig(CompositionConfig):
     bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
+
+    def allowed(self) -> Bound:
+        """What `commit` "rounds" is set to."""
+        return Bound(
+            rule="entropy", limit=self.gamma, pool=self.pool, rounds=self.rounds, trust=self.trust
+        )
 
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)
