@@ -1,10 +1,10 @@
 """Sets whose size a bound decides, with partial passes in the place of whole steps.
 
-What a bound allows is written: all tokens that reach a probability (the rule of `threshold`), or the
-longest prefix, surest first, whose entropies but the largest sum to so much (that of `eb`). Then the
-surest of the rest are predicted again as if that were written, all other rows frozen, and what the
-bound allows of those is written too; and so on for some rounds. A round stands for the next step's
-forward and computes a few rows instead of all.
+What a bound allows is written: all tokens that reach a probability (the rule of `threshold`), or
+the longest prefix, surest first, whose entropies but the largest sum to so much (that of `eb`).
+Then the surest of the rest are predicted again as if that were written, all other rows frozen, and
+what the bound allows of those is written too; and so on for some rounds. A round stands for the
+next step's forward and computes a few rows instead of all.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, View, certainty
+from boe_vllm.policies.base import Certainty, Commit, Needs, Policy, View, certainty
 from boe_vllm.policies.bounded import Bound, Rule, bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import CompositionConfig, composed
 from boe_vllm.policies.selection import (
@@ -128,7 +128,7 @@ class JointPolicy(Policy[JointConfig]):
         """What the bound allows, and what it allows in each round."""
         bound = self.config.allowed()
         first = bounded_set(view.entropy, view.confidence, bound)
-        by = "confidence" if bound.rule == "threshold" else "entropy"
+        by: Certainty = "confidence" if bound.rule == "threshold" else "entropy"
         return (yield from bounded_commit(view, first, certainty(view, by), bound))
 
     def choose(self, view: View) -> Asking:

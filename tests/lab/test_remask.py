@@ -1,4 +1,4 @@
-"""Scores of written tokens, against finite differences and forwards of a network nobody here made."""
+"""Scores of written tokens, against finite differences and forwards of another network."""
 
 import numpy as np
 import pytest
@@ -68,8 +68,6 @@ def test_the_change_of_keys_is_that_of_embeddings_where_a_token_differs_little_f
 def test_the_area_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(0)
     score, positive = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.3
-    pairs = [
-        (a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]
-    ]
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
     assert area_under_curve(score, positive) == pytest.approx(np.mean(pairs))
     assert np.isnan(area_under_curve(score, np.zeros(40, bool)))

@@ -58,7 +58,9 @@ def test_rounds_go_on_and_a_pool_bounds_what_they_ask():
 @pytest.mark.parametrize("entropy, asked", [([0.2, 0.6, 0.7], 0), ([0.2, 0.4, 0.7], 1)])
 def test_what_is_not_trusted_waits_for_the_next_step(entropy, asked):
     """Where not even the surest is, no round is run, or nothing of the round is written."""
-    queries, commit = run(policy(policy="joint", bound="entropy"), view_of(entropy), replies_of([0, 0.55, 0.6]))
+    queries, commit = run(
+        policy(policy="joint", bound="entropy"), view_of(entropy), replies_of([0, 0.55, 0.6])
+    )
     assert len(queries) == asked and commit.chosen.tolist() == [0]
 
 
@@ -145,7 +147,9 @@ def test_rows_are_those_of_the_conditional():
     """The queries are partial passes over written and asked rows, never more than the block's."""
     view = view_of([0.0, 0.1, 0.1, 0.1])
     queries, _ = run(
-        policy(policy="joint", bound="entropy", rounds=3, gamma=0.0), view, replies_of(*[[0.1] * 4] * 3)
+        policy(policy="joint", bound="entropy", rounds=3, gamma=0.0),
+        view,
+        replies_of(*[[0.1] * 4] * 3),
     )
     for query in queries:
         assert isinstance(query, Conditional)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.base.bundled import model_path
 from boe_vllm.lab.bench import common
 from boe_vllm.lab.bench.baseline import PlainLLaDA
@@ -171,9 +171,7 @@ def _entropies(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _row(
-    found: Sequence[Scores], wrong: IntArray, groups: IntArray, seed: int
-) -> dict[str, Any]:
+def _row(found: Sequence[Scores], wrong: BoolArray, groups: IntArray, seed: int) -> dict[str, Any]:
     """Areas over all tokens; items are drawn again for the intervals."""
     row: dict[str, Any] = {"tokens": len(wrong), "wrong": int(wrong.sum())}
     rng = np.random.default_rng(seed)
