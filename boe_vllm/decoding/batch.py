@@ -19,8 +19,7 @@ from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraint_table import ConstraintTable
-from boe_vllm.sampling.constraints import Constraint
+from boe_vllm.sampling.constraints import Constraint, ConstraintTable
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
 from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 
@@ -67,9 +66,10 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
     plans = [canvas.cache_plan() for canvas in canvases]
     sequences = tuple(map(_rows_of, canvases, plans))
     guides = tuple(canvas.guide for canvas in canvases)
-    packed, unconditional = with_unconditional(
-        sequences[: len(computed)], guides[: len(computed)], mask_token_id
-    )
+    packed: Sequence[SequenceRows] = sequences[: len(computed)]
+    unconditional: Mapping[int, Place] = {}
+    if any(guides):
+        packed, unconditional = with_unconditional(packed, guides[: len(computed)], mask_token_id)
     layout = pack(packed, device)
     table = ConstraintTable()
     wanted = [rows.wanted_positions for rows in sequences[: len(computed)]]

@@ -106,7 +106,8 @@ class DenoisingLoop:
         canvas = self.canvases.pop(request_id, None)
         if canvas is not None:
             canvas.release()
-            self.snapshots.forget(request_id)
+            if canvas.config.frame.stream_canvas:
+                self.snapshots.forget(request_id)
 
     @torch.no_grad()
     def step(self, request_ids: Sequence[str]) -> dict[str, StepResult]:
@@ -132,7 +133,9 @@ class DenoisingLoop:
         self.counters.cost(before, total_costs(canvas.account for canvas in canvases))
         self.counters.time(self.clock.read())
         for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
-            snapshot = self.snapshots.take(request_id, canvas, views.get(n))
+            snapshot = None
+            if canvas.config.frame.stream_canvas:
+                snapshot = self.snapshots.take(request_id, canvas, views.get(n))
             results[request_id] = _result(canvas, errors.get(n), snapshot)
         return results
 
@@ -155,7 +158,8 @@ class DenoisingLoop:
             if any(batch.cache_plans):
                 context = CachedRows(self.pool, layout, batch.cache_plans)
             hidden, saved = model.run(hidden, layout, context, self.saved_memory)
-            hidden = guided(hidden, layout, batch.unconditional, batch.guides)
+            if batch.unconditional:
+                hidden = guided(hidden, layout, batch.unconditional, batch.guides)
         owners = [*range(batch.computed), *batch.unconditional]
         for owner, live in zip(owners, layout.live_lens, strict=True):
             account = batch.canvases[owner].account

@@ -24,15 +24,13 @@ class Snapshots:
         self._due: dict[str, float] = {}
 
     def take(self, request_id: str, canvas: Canvas, view: View | None) -> dict[str, Any] | None:
-        """The canvas after a step; None if that is not asked for, or comes too soon.
+        """The canvas after a step; None if that comes too soon after the last one.
 
         Args:
             request_id: of the request.
             canvas: its.
             view: what the step's policy saw; None if nothing was predicted.
         """
-        if not canvas.config.frame.stream_canvas:
-            return None
         now = time.monotonic()
         if not canvas.done and now < self._due.get(request_id, now):
             return None

@@ -74,12 +74,12 @@ class Vocabulary:
 
 
 def under_grammar(
-    grammar: Grammar | None, request: ResolvedRequest, model: ModelFacts, timeout: float
+    grammar: Grammar, request: ResolvedRequest, model: ModelFacts, timeout: float
 ) -> ResolvedRequest:
     """A request with its grammar's automaton, if some way to fill its canvas satisfies it.
 
     Args:
-        grammar: the request's; None for none, which changes nothing.
+        grammar: the request's.
         request: resolved otherwise.
         model: what will decode it.
         timeout: see `compiled`.
@@ -87,8 +87,6 @@ def under_grammar(
     Raises:
         ValueError: if no way does; for a canvas that is too short, with the least length.
     """
-    if grammar is None:
-        return request
     given, constraints = request.config.given_text, request.constraints
     for name, beside in (("choices", given.choices), ("bad_words", constraints.bad_words)):
         if beside:

@@ -89,8 +89,7 @@ def resolve(
     infill = _masks_to_write(prompt, config, server.limits, model)
     if given.choices is not None:
         _check_choices(config, infill, sampling, model.mask_token_id)
-    # Only now is the template known to fit.
-    texts = given.places_of_text(model.mask_token_id)
+    texts = given.places_of_text(model.mask_token_id)  # the template is known to fit
     text_end = texts[-1] + 1 if texts else 0
     max_tokens = _max_tokens(config, plan, sampling, own=fields.get("gen_length") is not None)
     request = ResolvedRequest(
@@ -106,9 +105,10 @@ def resolve(
         text_end=text_end,
         rows=(len(prompt) + plan.gen_length) * _passes(config),
     )
-    masks = plan.masks_by_block(texts, infill=infill)
-    ahead = _check_work(request, masks, server.limits, model)
+    ahead = _check_work(request, plan.masks_by_block(texts, infill=infill), server.limits, model)
     request = dataclasses.replace(request, rows_ahead=ahead)
+    if sampling.grammar is None:
+        return request
     return under_grammar(sampling.grammar, request, model, server.limits.grammar_timeout_s)
 
 

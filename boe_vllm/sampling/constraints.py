@@ -1,4 +1,4 @@
-"""What a request lets be written: edits of logits, and filters of a draw.
+"""What a request lets be written: edits of logits and filters of a draw; a pass's, by number.
 
 Where each of them holds on a canvas is in `sampling.canvas_constraints`; the order of operations is
 listed in `sampling.statistics`.
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.base.transfer import to_device
+from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.sampling.automaton import TokenAutomaton
 
 Tensor = torch.Tensor
@@ -194,3 +195,57 @@ class TokenConstraints:
         if self.min_tokens:
             left[list(self.stop_token_ids)] = False
         return int(left.sum())
+
+
+ConstrainedRows: TypeAlias = tuple[Constraint, Arrival]
+"""A constraint with the rows that it holds for."""
+
+
+class ConstraintTable:
+    """The constraints of one pass by number, each once: 0 stands for none.
+
+    A pass packs rows of many requests, so each row names its constraint by number.
+    """
+
+    def __init__(self, constraints: Sequence[Constraint] = ()) -> None:
+        """A table that holds some constraints already, numbered from 1 in their order."""
+        self.constraints = list(constraints)  # which keeps them alive, and their ids their own
+        self._numbers = {id(constraint): n for n, constraint in enumerate(constraints, 1)}
+
+    def numbers(self, constraints: Sequence[Constraint] | None, count: int) -> IntArray:
+        """[count] the numbers of some rows' constraints; all 0 for None."""
+        if constraints is None:
+            return np.zeros(count, np.int64)
+        return np.array([self._number(constraint) for constraint in constraints], np.int64)
+
+    def edits(self, constraint_R: IntArray, transfer: Transfer) -> list[ConstrainedRows]:
+        """The constraints of some rows that change their logits."""
+        return self._rows(constraint_R, transfer, lambda constraint: constraint.edits)
+
+    def filters(self, constraint_R: IntArray, transfer: Transfer) -> list[ConstrainedRows]:
+        """The constraints of some rows that restrict their draws."""
+        return self._rows(constraint_R, transfer, lambda constraint: constraint.filters)
+
+    def discounts(self, constraint_R: IntArray, transfer: Transfer) -> list[ConstrainedRows]:
+        """The constraints of some rows that leave tokens out of their confidences."""
+        return self._rows(constraint_R, transfer, lambda constraint: constraint.discounts)
+
+    def _rows(
+        self,
+        constraint_R: IntArray,
+        transfer: Transfer,
+        wanted: Callable[[Constraint], bool],
+    ) -> list[ConstrainedRows]:
+        if not constraint_R.any():
+            return []
+        return [
+            (constraint, transfer.add(np.flatnonzero(constraint_R == number)))
+            for number in np.unique(constraint_R[constraint_R > 0]).tolist()
+            if wanted(constraint := self.constraints[number - 1])
+        ]
+
+    def _number(self, constraint: Constraint) -> int:
+        if id(constraint) not in self._numbers:
+            self.constraints.append(constraint)
+            self._numbers[id(constraint)] = len(self.constraints)
+        return self._numbers[id(constraint)]

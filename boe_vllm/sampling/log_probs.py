@@ -17,8 +17,7 @@ import torch
 from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.base.transfer import Arrival, Transfer
 from boe_vllm.models.functional import Scratch, accurate
-from boe_vllm.sampling.constraint_table import ConstrainedRows, ConstraintTable
-from boe_vllm.sampling.constraints import NEVER, Constraint
+from boe_vllm.sampling.constraints import NEVER, ConstrainedRows, Constraint, ConstraintTable
 from boe_vllm.sampling.distributions import Summary, VocabularyMemory, normalise_
 
 Tensor = torch.Tensor

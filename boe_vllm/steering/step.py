@@ -15,7 +15,7 @@ from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.rows import RowLayout, SequenceRows
 from boe_vllm.models.saved import SavedPass
 from boe_vllm.sampling.canvas_constraints import CanvasConstraints
-from boe_vllm.sampling.constraint_table import ConstraintTable
+from boe_vllm.sampling.constraints import ConstraintTable
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Guidance, Place
 

@@ -12,8 +12,7 @@ from oracle import Dense, random_weights, small_config
 from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows, pack
 from boe_vllm.sampling.canvas_constraints import CanvasConstraints
-from boe_vllm.sampling.constraint_table import ConstraintTable
-from boe_vllm.sampling.constraints import TokenConstraints
+from boe_vllm.sampling.constraints import ConstraintTable, TokenConstraints
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.sampling.statistics import RowWrites, read_statistics
 from boe_vllm.steering.importance import TokenImportance

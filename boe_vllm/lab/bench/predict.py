@@ -6,9 +6,9 @@ on its own puzzles, at their lengths. From passes, rows, launches and copies, th
 and the machine's ceilings follows the time of a step (`boe_vllm/lab/bench/costs.py`), as a mean
 over the steps of one block. Nothing runs on a GPU.
 
-Policies with a number of tokens of their own make fewer or more steps than the others, so that their
-steps cannot be compared. For puzzles, which are decoded to their ends, the time of an answer is
-printed as well: that of all steps of a batch, divided by its requests.
+Policies with a number of tokens of their own make fewer or more steps than the others, so that
+their steps cannot be compared. For puzzles, which are decoded to their ends, the time of an answer
+is printed as well: that of all steps of a batch, divided by its requests.
 
 `--check FILE` compares with what `scripts/gpu_check.py` has measured, its JSON lines.
 """
