@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
             common.progress(f"{task.name}: {rate} tokens a step measured")
     common.print_table("Area under the curve for finding wrong tokens, and its 95 % interval", rows)
     print("Below 0.5 the opposite sign would do better, by as much as it is above 0.5 then.")
+    common.print_result("remask", {}, details=rows, environment={}, args=args)
 
 
 class Watched(PlainLLaDA):
