@@ -13,9 +13,10 @@ has them, and leaves three choices open (`docs/method.md` has what came of it):
     python examples/gradient_controls.py --tasks sudoku6 --limit 200 --seed 778 --policies \
         choice,choice:order=tis,choice:order=random --cells docs/results/gradient-controls.jsonl
 
-takes all options of `boe-vllm eval`; `--model tiny --whole-canvas --in-process` are set. The file has
-what was run: these, `choice:rounds=1:pool=8:context=tis` and `=random`, `choice:rounds=64` with
-`trigger=tis:most=0.3`, `=1`, `trigger=count:most=4`, `=8`, and on `countdown` (`--limit 300`) the orders.
+takes all options of `boe-vllm eval`; `--model tiny --whole-canvas --in-process` are set. The file
+has what was run: these, `choice:rounds=1:pool=8:context=tis` and `=random`, `choice:rounds=64` with
+`trigger=tis:most=0.3`, `=1`, `trigger=count:most=4`, `=8`, and the orders on `countdown`
+(`--limit 300`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,22 @@
 """Scores of written tokens, against finite differences and forwards of another network."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from oracle import Dense, random_weights, small_config
 
+from boe_vllm.lab.bench.__main__ import main
 from boe_vllm.lab.bench.ranks import area_under_curve
 from boe_vllm.lab.bench.remask import Watched, suspicions
 
 MASK = 28
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +71,39 @@ def test_the_change_of_keys_is_that_of_embeddings_where_a_token_differs_little_f
     scores = suspicions(network, tokens, places, np.ones(3))
     for other in ("keys", "exact"):
         assert scores[other] == pytest.approx(scores["embedding"], rel=1e-2)
+
+
+def test_the_command_prints_a_line_for_each_rate(capsys):
+    argv = ["remask", "--tasks", "addition", "--items", "2", "--left", "3"]
+    assert main([*argv, "--tokens-per-step", "8,16"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["benchmark"] == "remask"
+    assert [row["tokens a step"] for row in result["details"]] == [8, 16]
+    assert all(row["tokens"] > 0 for row in result["details"])
+
+
+@pytest.mark.parametrize(
+    "example, options, printed",
+    [
+        (
+            "gradient_controls.py",
+            "--tasks countdown --limit 1 --cells {out} --policies "
+            "choice:order=tis,choice:rounds=2:pool=4:context=random,"
+            "choice:rounds=9:trigger=count:most=2",
+            "| choice:order=tis |",
+        ),
+        ("bypass_cost.py", "--requests 1 --repeats 1", "steps with a backward; over confidence"),
+    ],
+)
+def test_the_examples_run(tmp_path, example, options, printed):
+    argv = options.format(out=tmp_path / "cells.jsonl").split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example), *argv],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and printed in done.stdout, done.stderr[-2000:]
 
 
 def test_the_area_is_the_share_of_pairs_in_order():

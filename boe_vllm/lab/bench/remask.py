@@ -181,6 +181,8 @@ def _row(found: Sequence[Scores], wrong: BoolArray, groups: IntArray, seed: int)
         np.concatenate([own[n] for n in rng.integers(len(own), size=len(own))])
         for _ in range(DRAWS)
     ]
+    if wrong.all() or not wrong.any():
+        return row | dict.fromkeys(SCORES, "-")
     for name in SCORES:
         score = np.concatenate([scores[name] for scores in found])
         areas = [area_under_curve(score[draw], wrong[draw]) for draw in draws]
