@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import serving
 
 import boe_vllm
 from boe_vllm.lab.tasks import get_task
@@ -84,17 +83,12 @@ def offline(folder):
     return lm_eval(folder, "offline", "--model", "vllm", "--model_args", json.dumps(model))
 
 
-@pytest.fixture(scope="module")
-def server():
-    config = json.dumps({"rho": 0.5, **FIELDS})
-    with serving("--sampler", "boe", "--sampler-config", config, "--max-num-seqs", "8") as url:
-        yield url
-
-
-def completions(folder, server, name, *more):
+def completions(folder, server, name, fields):
     model = f"model={MODEL},base_url={server}/v1/completions,num_concurrent=4"
     model += ",tokenized_requests=False,max_retries=1"
-    return lm_eval(folder, name, "--model", "local-completions", "--model_args", model, *more)
+    arguments = ["--model", "local-completions", "--model_args", model]
+    fields = json.dumps({"vllm_xargs": fields})
+    return lm_eval(folder, name, *arguments, "--gen_kwargs", fields)
 
 
 def test_its_vllm_model_decodes_with_our_sampler(offline):
@@ -105,13 +99,12 @@ def test_its_vllm_model_decodes_with_our_sampler(offline):
     assert score == pytest.approx(sum(right) / ITEMS) and score > 0.5
 
 
-def test_a_server_gives_the_same_answers(folder, server, offline):
-    assert completions(folder, server, "server") == offline
+def test_a_server_gives_the_same_answers(folder, shared_server, offline):
+    fields = {"policy": "boe", "rho": 0.5, **FIELDS}
+    assert completions(folder, shared_server, "server", fields) == offline
 
 
-def test_a_request_chooses_its_policy_through_gen_kwargs(folder, server, offline):
+def test_a_request_chooses_its_policy_through_gen_kwargs(folder, shared_server, offline):
     fields = {"policy": "random", **FIELDS, "tokens_per_step": 16}
-    _, answers = completions(
-        folder, server, "other", "--gen_kwargs", json.dumps({"vllm_xargs": fields})
-    )
+    _, answers = completions(folder, shared_server, "other", fields)
     assert len(answers) == ITEMS and answers != offline[1]

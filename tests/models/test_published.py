@@ -14,7 +14,7 @@ from boe_vllm.models.shape import DecoderShape, ExpertsShape, RopeStretch
 from boe_vllm.vllm_plugin import plugin
 
 FOLDER = Path(__file__).parents[1] / "published"
-CHEAP = ("a2d_qwen3_0.6b", "llada_moe_7b_a1b", "mdlm_owt")
+CHEAP = ("a2d_qwen3_0.6b", "llada_moe_7b_a1b")
 """Those whose start at the real widths is part of every run."""
 MASKS = {
     "illada_8b": 5,
