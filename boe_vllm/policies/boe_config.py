@@ -141,8 +141,8 @@ class BoEConfig(CompositionConfig):
     and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
     commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
     """How many positions are written: what the bound `gamma` allows, in the step's own prediction
-    and then in a partial one, as `joint` does; where it allows but one that is not sure, that one
-    is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
+    and then in a partial one, as `joint` does with `bound` "entropy"; where it allows but one that
+    is not sure, that one is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
     "threshold"). Default: "quota", with which every undecided step runs its backward."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
