@@ -142,8 +142,9 @@ class BoEConfig(CompositionConfig):
     commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
     """How many positions are written: what the bound `gamma` allows, in the step's own prediction
     and then in a partial one, as `joint` does with `bound` "entropy"; where it allows but one that
-    is not sure, that one is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
-    "threshold"). Default: "quota", with which every undecided step runs its backward."""
+    is not sure, that one is chosen by its score ("rounds"). As many as are due ("quota"), or a
+    prefix of these ("eb", "threshold"). Default: "quota", with which every undecided step runs its
+    backward."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
     rounds: Annotated[int, Field(ge=0, le=64)] = 1
