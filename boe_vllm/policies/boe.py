@@ -18,7 +18,7 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, certainty, log, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
-from boe_vllm.policies.bounded import bounded_commit, bounded_prefix, bounded_rows
+from boe_vllm.policies.bounded import bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import allowed_count, composed
 from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
@@ -72,14 +72,14 @@ class BoEPolicy(Policy[BoEConfig]):
         return (yield from composed(self.choose, view, self.config, ranks=ranks))
 
     def bounded(self, view: View) -> Asking:
-        """The bound's prefix, or where it is one unsure position the best by score; and a round."""
-        config, scores = self.config, certainty(view, "entropy")
-        first = bounded_prefix(view.entropy, scores, config.gamma)
+        """What the bound allows, or where it is one unsure position the best by score; rounds."""
+        config, scores, bound = self.config, certainty(view, "entropy"), self.config.allowed()
+        first = bounded_set(view.entropy, view.confidence, bound)
         if len(first) == 1 and len(scores) > 1 and not sure(view, first, config):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))
             assert pivot.scores is not None
             first, scores = pivot.chosen, pivot.scores
-        return (yield from bounded_commit(view, first, scores, config))
+        return (yield from bounded_commit(view, first, scores, bound))
 
     def choose(self, view: View) -> Asking:
         """Candidates, their scores, and the set."""

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 
 from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
+from boe_vllm.policies.bounded import Bound
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.steering.importance import Context, Surrogate
 
@@ -140,9 +141,10 @@ class BoEConfig(CompositionConfig):
     and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
     commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
     """How many positions are written: what the bound `gamma` allows, in the step's own prediction
-    and then in a partial one, as `joint` does; where it allows but one that is not sure, that one
-    is chosen by its score ("rounds"). As many as are due ("quota"), or a prefix of these ("eb",
-    "threshold"). Default: "quota", with which every undecided step runs its backward."""
+    and then in a partial one, as `joint` does with `bound` "entropy"; where it allows but one that
+    is not sure, that one is chosen by its score ("rounds"). As many as are due ("quota"), or a
+    prefix of these ("eb", "threshold"). Default: "quota", with which every undecided step runs its
+    backward."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
     rounds: Annotated[int, Field(ge=0, le=64)] = 1
@@ -154,6 +156,12 @@ class BoEConfig(CompositionConfig):
     bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
+
+    def allowed(self) -> Bound:
+        """What `commit` "rounds" is set to."""
+        return Bound(
+            rule="entropy", limit=self.gamma, pool=self.pool, rounds=self.rounds, trust=self.trust
+        )
 
     def __post_init__(self) -> None:
         CompositionConfig.__post_init__(self)

@@ -1,15 +1,17 @@
 """Sets whose size a bound decides, with partial passes in the place of whole steps.
 
-EB-Sampler's prefix is written (`eb`): the longest one, surest first, in which all entropies but the
-largest sum to at most `gamma`. Then the surest of the rest are predicted again as if it were
-written, all other rows frozen, and the prefix of those is written too; and so on for some rounds. A
-round stands for the next step's forward and computes a few rows instead of all.
+What a bound allows is written: all tokens that reach a probability (the rule of `threshold`), or
+the longest prefix, surest first, whose entropies but the largest sum to so much (that of `eb`).
+Then the surest of the rest are predicted again as if that were written, all other rows frozen, and
+what the bound allows of those is written too; and so on for some rounds. A round stands for the
+next step's forward and computes a few rows instead of all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,39 +22,40 @@ from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
+Rule = Literal["threshold", "entropy"]
+"""Whose bound: that of `threshold` on each probability, or that of `eb` on a set's entropies."""
 
-def bounded_prefix(entropy: FloatArray, scores: FloatArray, gamma: float) -> IntArray:
-    """Indices of the prefix within the bound, best first, at least one.
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """What may be written from one prediction, and what a round of partial prediction is."""
+
+    rule: Rule
+    limit: float
+    """For "entropy" the most that the entropies but the largest sum to, nats; for "threshold" the
+    least probability."""
+    pool: int
+    """Most positions that a round predicts again."""
+    rounds: int
+    """Most of them."""
+    trust: float
+    """Entropy of the surest position up to which a round is worth its rows and may write, nats;
+    what is less sure waits for a full prediction."""
+
+
+def bounded_set(entropy: FloatArray, confidence: FloatArray, bound: Bound) -> IntArray:
+    """Indices of what may be written together, best first, at least one.
 
     Args:
         entropy: [M] nats.
-        scores: [M] the order, the best first; -inf for what may only come last.
-        gamma: the bound, nats.
+        confidence: [M] probabilities; -inf for what may only come last, and then alone.
+        bound: `rule` and `limit`.
     """
-    order = top(scores, len(scores))
-    count = bounded_count(entropy[order], gamma)
-    return order[: max(1, min(count, int(np.isfinite(scores).sum())))]
-
-
-class Bound(Protocol):
-    """The settings that a bound with rounds has, whatever the policy."""
-
-    @property
-    def gamma(self) -> float:
-        """On each round's prefix, nats."""
-
-    @property
-    def pool(self) -> int:
-        """Most positions that a round predicts again."""
-
-    @property
-    def rounds(self) -> int:
-        """Most of them."""
-
-    @property
-    def trust(self) -> float:
-        """Entropy of the surest position up to which a round is worth its rows and may write, nats;
-        what is less sure waits for a full prediction."""
+    if bound.rule == "threshold":
+        return top(confidence, max(1, int((confidence >= bound.limit).sum())))
+    early = np.isfinite(confidence)
+    order = top(np.where(early, -entropy, -np.inf), len(entropy))
+    return order[: max(1, min(bounded_count(entropy[order], bound.limit), int(early.sum())))]
 
 
 def bounded_commit(
@@ -66,7 +69,7 @@ def bounded_commit(
         view: of the request.
         first: [b] indices that are written in any case.
         scores: [M] to be reported.
-        bound: the policy's settings.
+        bound: what the policy is set to.
     """
     tokens, uniform = view.proposal.copy(), view.uniforms(randomness.WRITE)
     entropy = view.entropy.copy()
@@ -90,8 +93,9 @@ def bounded_commit(
         surest[asked] = np.where(may, -entropy[asked], -np.inf)
         if not may.any() or -surest[asked].max() > bound.trust:
             break
-        prefix = bounded_prefix(entropy[asked], surest[asked], bound.gamma)
-        chosen = np.concatenate([chosen, asked[prefix]])
+        confidence = np.where(may, given.confidence, -np.inf)
+        more = bounded_set(entropy[asked], confidence, bound)
+        chosen = np.concatenate([chosen, asked[more]])
     return Commit(chosen=chosen, tokens=tokens[chosen], scores=scores)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from boe_vllm.base.options import options
-from boe_vllm.policies.base import Commit, Needs, Policy, View, certainty
-from boe_vllm.policies.bounded import bounded_commit, bounded_prefix, bounded_rows
+from boe_vllm.policies.base import Certainty, Commit, Needs, Policy, View, certainty
+from boe_vllm.policies.bounded import Bound, Rule, bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import CompositionConfig, composed
 from boe_vllm.policies.selection import (
     CERTAIN,
@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 1,
         "pool": 64,
         "trust": 0.5,
+        "bound": "threshold",
     },
 }
 
@@ -56,11 +57,17 @@ class JointConfig(CompositionConfig):
     """Named settings, which replace the server's; fields given beside it go on top. `thorough` has
     `commit` "quota", `multiple` 3 and `certain` 1."""
     commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
-    """How many positions are written: what the bound `gamma` allows, in the step's own prediction
-    and then in `rounds` partial ones ("rounds"); as many as the frame's schedule has due, by the
+    """How many positions are written: what `bound` allows, in the step's own prediction and then in
+    `rounds` partial ones ("rounds"); as many as the frame's schedule has due, by the
     chain rule ("quota"); or the prefix of such a set within `gamma` ("eb") or of tokens that reach
     `threshold` ("threshold"). Default: "rounds", and "quota" where the request says
     `tokens_per_step` or `steps`, or `remask`."""
+    bound: Rule = "threshold"
+    """What may be written from one prediction under `commit` "rounds": all tokens of probability
+    `threshold`, or the most probable one where there is none; or as many as `gamma` allows
+    ("entropy", the rule of `eb`)."""
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Least probability of a token that is written together with others."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
     rounds: Annotated[int, Field(ge=0, le=64)] = 1
@@ -74,6 +81,13 @@ class JointConfig(CompositionConfig):
     """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
     """Probability from which a position joins a chain without a round of its own."""
+
+    def allowed(self) -> Bound:
+        """What `commit` "rounds" is set to."""
+        limit = self.threshold if self.bound == "threshold" else self.gamma
+        return Bound(
+            rule=self.bound, limit=limit, pool=self.pool, rounds=self.rounds, trust=self.trust
+        )
 
     @property
     def adapts(self) -> bool:
@@ -111,10 +125,11 @@ class JointPolicy(Policy[JointConfig]):
         return (yield from composed(self.choose, view, self.config, ranks=False))
 
     def bounded(self, view: View) -> Asking:
-        """The bound's prefix and that of each round."""
-        scores = certainty(view, "entropy")
-        first = bounded_prefix(view.entropy, scores, self.config.gamma)
-        return (yield from bounded_commit(view, first, scores, self.config))
+        """What the bound allows, and what it allows in each round."""
+        bound = self.config.allowed()
+        first = bounded_set(view.entropy, view.confidence, bound)
+        by: Certainty = "confidence" if bound.rule == "threshold" else "entropy"
+        return (yield from bounded_commit(view, first, certainty(view, by), bound))
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""

@@ -69,6 +69,9 @@ RUN_BY = {
     r"python -m boe_vllm\.lab\.bench fidelity": (
         "tests/steering/test_fidelity.py::test_fidelity_ends"
     ),
+    r"(python -m boe_vllm\.lab\.|boe-vllm )bench remask": (
+        "tests/lab/test_remask.py::test_the_command"
+    ),
     r"boe-vllm grade": "tests/lab/test_graders.py::test_the_command_prints_both_shares",
     r"boe-vllm bench predict": "tests/lab/test_predict.py::test_predict_prints_passes",
     r"python scripts/gpu_check.py": "tests/lab/test_gpu_check.py::test_everything_is_ok",

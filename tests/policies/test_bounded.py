@@ -5,7 +5,7 @@ import pytest
 from test_policies import make_view, run
 
 from boe_vllm.policies import load_policy
-from boe_vllm.policies.bounded import bounded_prefix
+from boe_vllm.policies.bounded import Bound, bounded_set
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.importance import TokenImportance
@@ -37,7 +37,7 @@ def view_of(entropy, **changes):
 def test_a_round_writes_the_prefix_of_what_it_predicts_again():
     view = view_of([0.008, 0.5, 0.009, 0.4, 0.9])
     again = [0, 0.008, 0, 0.3, 0.009]
-    queries, commit = run(policy(policy="joint"), view, replies_of(again))
+    queries, commit = run(policy(policy="joint", bound="entropy"), view, replies_of(again))
     (query,) = queries
     assert query.written.tolist() == [0, 2] and query.tokens.tolist() == [50, 52]
     assert query.queried.tolist() == [1, 3, 4]
@@ -48,7 +48,7 @@ def test_a_round_writes_the_prefix_of_what_it_predicts_again():
 def test_rounds_go_on_and_a_pool_bounds_what_they_ask():
     view = view_of([0.1, 0.2, 0.3, 0.4])
     replies = replies_of([0, 0.1, 0.45, 0], [0, 0, 0.05, 0.2])
-    own = policy(policy="joint", rounds=2, pool=2, gamma=0.0)
+    own = policy(policy="joint", bound="entropy", rounds=2, pool=2, gamma=0.0)
     queries, commit = run(own, view, replies)
     assert [q.queried.tolist() for q in queries] == [[1, 2], [2, 3]]
     assert [q.written.tolist() for q in queries] == [[0], [0, 1]]
@@ -58,7 +58,9 @@ def test_rounds_go_on_and_a_pool_bounds_what_they_ask():
 @pytest.mark.parametrize("entropy, asked", [([0.2, 0.6, 0.7], 0), ([0.2, 0.4, 0.7], 1)])
 def test_what_is_not_trusted_waits_for_the_next_step(entropy, asked):
     """Where not even the surest is, no round is run, or nothing of the round is written."""
-    queries, commit = run(policy(policy="joint"), view_of(entropy), replies_of([0, 0.55, 0.6]))
+    queries, commit = run(
+        policy(policy="joint", bound="entropy"), view_of(entropy), replies_of([0, 0.55, 0.6])
+    )
     assert len(queries) == asked and commit.chosen.tolist() == [0]
 
 
@@ -66,13 +68,13 @@ def test_without_rounds_it_is_eb():
     rng = np.random.default_rng(3)
     for _ in range(50):
         view = view_of(rng.exponential(0.02, 12).clip(0, 0.9))
-        _, ours = run(policy(policy="joint", rounds=0), view)
+        _, ours = run(policy(policy="joint", bound="entropy", rounds=0), view)
         _, theirs = run(policy(policy="eb", gamma=0.01), view)
         assert ours.chosen.tolist() == theirs.chosen.tolist()
 
 
 def test_the_last_position_needs_no_round():
-    queries, commit = run(policy(policy="joint"), view_of([0.3]))
+    queries, commit = run(policy(policy="joint", bound="entropy"), view_of([0.3]))
     assert queries == [] and commit.chosen.tolist() == [0]
 
 
@@ -104,17 +106,50 @@ def test_a_bound_beside_remasking_is_refused():
     assert parse_sampler_config({"policy": "joint", "remask": "remdm"}).settings.commit is None
 
 
-def test_the_prefix_takes_nothing_that_comes_last_but_alone():
-    entropy = np.zeros(3)
-    assert bounded_prefix(entropy, np.array([-np.inf, 0.0, 0.0]), 1.0).tolist() == [1, 2]
-    assert bounded_prefix(entropy, np.full(3, -np.inf), 1.0).tolist() == [0]
+def bound_of(rule, limit):
+    return Bound(rule=rule, limit=limit, pool=64, rounds=1, trust=0.5)
+
+
+def test_what_comes_last_is_written_only_alone():
+    last, entropy = -np.inf, np.zeros(3)
+    for bound in (bound_of("entropy", 1.0), bound_of("threshold", 0.0)):
+        assert bounded_set(entropy, np.array([last, 0.9, 0.8]), bound).tolist() == [1, 2]
+        assert bounded_set(entropy, np.full(3, last), bound).tolist() == [0]
+
+
+def test_without_rounds_a_threshold_is_that_of_the_policy():
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        view = make_view(1 - rng.exponential(0.05, 12).clip(0, 0.9))
+        _, ours = run(policy(policy="joint", rounds=0), view)
+        _, theirs = run(policy(policy="threshold", threshold=0.99), view)
+        assert sorted(ours.chosen.tolist()) == theirs.chosen.tolist()
+
+
+def test_a_round_writes_what_reaches_the_threshold_or_the_most_probable():
+    view = make_view([0.995, 0.6, 0.5, 0.4], entropy=[0.1, 0.3, 0.4, 0.5])
+
+    def reply(confidence):
+        return lambda query: Conditioned(
+            proposal=query.queried + 90,
+            confidence=np.array(confidence),
+            entropy=np.array([0.3, 0.2, 0.4]),
+        )
+
+    for confidence, chosen in (([0.99, 0.7, 0.992], [0, 3, 1]), ([0.7, 0.6, 0.8], [0, 3])):
+        queries, commit = run(policy(policy="joint"), view, reply(confidence))
+        assert [q.written.tolist() for q in queries] == [[0]]
+        assert commit.chosen.tolist() == chosen
+        assert commit.tokens.tolist() == [50, *(90 + i for i in chosen[1:])]
 
 
 def test_rows_are_those_of_the_conditional():
     """The queries are partial passes over written and asked rows, never more than the block's."""
     view = view_of([0.0, 0.1, 0.1, 0.1])
     queries, _ = run(
-        policy(policy="joint", rounds=3, gamma=0.0), view, replies_of(*[[0.1] * 4] * 3)
+        policy(policy="joint", bound="entropy", rounds=3, gamma=0.0),
+        view,
+        replies_of(*[[0.1] * 4] * 3),
     )
     for query in queries:
         assert isinstance(query, Conditional)

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "memory",
     "overhead",
     "fidelity",
+    "remask",
     "predict",
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from boe_vllm.base.arrays import FloatArray
+from boe_vllm.base.arrays import BoolArray, FloatArray
 
 
 def spearman(score: FloatArray, wanted: FloatArray) -> float:
@@ -21,6 +21,15 @@ def share_of_gain(chosen: int, wanted: FloatArray) -> float:
     """What the chosen one achieves: 0 as the average one, 1 as the best; NaN if all are alike."""
     room = wanted.max() - wanted.mean()
     return float((wanted[chosen] - wanted.mean()) / room) if room > 0 else np.nan
+
+
+def area_under_curve(score: FloatArray, positive: BoolArray) -> float:
+    """Probability that a positive one has the larger score than one that is not, ties counted half;
+    NaN where there are none of either."""
+    many = int(positive.sum())
+    pairs = many * (len(positive) - many)
+    lower = _ranks(score)[positive].sum() - many * (many - 1) / 2
+    return float(lower / pairs) if pairs else np.nan
 
 
 def bootstrap(

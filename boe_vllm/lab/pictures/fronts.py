@@ -26,6 +26,8 @@ COSTS: dict[Cost, str] = {
 NEAR = 0.98
 """Part of the sequential policy's share that a chosen setting reaches where it is chosen."""
 SEQUENTIAL = "confidence"
+MOST_COLUMNS = 3
+"""Panels side by side."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,20 +147,27 @@ def table(
 
 
 def draw(own: Sequence[Point], cost: Cost) -> Figure:
-    """One panel per task; a colour per policy, a point per setting, the front as a line."""
+    """One panel per task, a few side by side; a colour per policy, a point per setting, the front
+    as a line."""
     tasks = list(dict.fromkeys(p.task for p in own))
     policies = list(dict.fromkeys(p.policy for p in own))
     with figure.style():
-        made = Figure(figsize=(max(4.6, 3.9 * len(tasks)), 4.5), layout="constrained")
-        axes = made.subplots(1, len(tasks), squeeze=False)[0]
-        for axis, task in zip(axes, tasks, strict=True):
+        columns = min(len(tasks), MOST_COLUMNS)
+        lines = -(-len(tasks) // columns)
+        size = (max(4.6, 3.9 * columns), 0.9 + 3.6 * lines)
+        made = Figure(figsize=size, layout="constrained")
+        grid = made.subplots(lines, columns, squeeze=False)
+        axes = list(grid.flat)
+        for unused in axes[len(tasks) :]:
+            unused.remove()
+        for axis, task in zip(axes, tasks, strict=False):
             axis.set_title(task)
             _panel(axis, [p for p in own if p.task == task], policies, cost)
             scale(axis)
-        axes[0].set_ylabel("right answers (%), 95 % interval")
+        made.supylabel("right answers (%), 95 % interval", fontsize=10)
         made.supxlabel(COSTS[cost], fontsize=10)
         keys: dict[str, Any] = {}
-        for axis in axes:
+        for axis in axes[: len(tasks)]:
             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                 keys.setdefault(name, handle)
         made.legend(
