@@ -185,11 +185,7 @@ def _check_length(least: int | None, request: ResolvedRequest, which: str) -> No
 
 def _never(request: ResolvedRequest, model: ModelFacts) -> BoolArray:
     """[V] tokens that may stand nowhere."""
-    everywhere = request.constraints.everywhere
-    never = np.full(model.vocab_size, everywhere.allowed_token_ids is not None)
-    if everywhere.allowed_token_ids is not None:
-        never[everywhere.allowed_token_ids] = False
-    never[everywhere.banned_token_ids] = True
+    never = ~request.constraints.everywhere.permitted(model.vocab_size)
     never[model.mask_token_id] = True
     if request.config.frame.logits_eos_inf:
         never[model.eos_token_id] = True

@@ -58,9 +58,7 @@ def never_under_grammar(
     """
     never_V = np.array([text is None for text in texts])
     never_V[eos_token_id] = False
-    if everywhere.allowed_token_ids is not None:
-        never_V |= ~np.isin(np.arange(len(never_V)), everywhere.allowed_token_ids)
-    never_V[everywhere.banned_token_ids] = True
+    never_V |= ~everywhere.permitted(len(texts))
     never_V[mask_token_id] = True
     return never_V
 

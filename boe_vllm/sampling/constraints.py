@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import FloatArray, IntArray
+from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.sampling.automaton import TokenAutomaton
 
@@ -73,6 +73,15 @@ class Constraint:
         allowed = self.allowed_token_ids
         listed = allowed is None or bool((allowed == token).any())
         return listed and not (self.banned_token_ids == token).any()
+
+    def permitted(self, vocab_size: int) -> BoolArray:
+        """[V] the tokens that may be written."""
+        allowed, permitted_V = self.allowed_token_ids, np.ones(vocab_size, bool)
+        if allowed is not None:
+            permitted_V[:] = False
+            permitted_V[allowed] = True
+        permitted_V[self.banned_token_ids] = False
+        return permitted_V
 
     def banning(self, tokens: Iterable[int]) -> Constraint:
         """This constraint with some more tokens banned."""
@@ -191,11 +200,7 @@ class TokenConstraints:
 
     def tokens_left(self, vocab_size: int, mask_token_id: int) -> int:
         """Tokens left at the position with the fewest, before any bad word of several tokens."""
-        left = np.ones(vocab_size, bool)
-        if self.everywhere.allowed_token_ids is not None:
-            left[:] = False
-            left[self.everywhere.allowed_token_ids] = True
-        left[self.everywhere.banned_token_ids] = False
+        left = self.everywhere.permitted(vocab_size)
         left[mask_token_id] = False
         if self.min_tokens:
             left[list(self.stop_token_ids)] = False
