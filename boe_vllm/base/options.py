@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
@@ -16,6 +17,9 @@ import pydantic
 import pydantic.dataclasses
 
 T = TypeVar("T")
+
+MAX_JSON_LENGTH = 1 << 20
+MAX_JSON_DEPTH = 8
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -58,6 +62,56 @@ def restore(cls: type[T], values: Mapping[str, Any]) -> T:
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def read_json(name: str, value: Any) -> Any:
+    """Read JSON text where a field can neither be nested nor be null (HTTP); leave every other
+    value alone.
+
+    Args:
+        name: of the field, for errors.
+        value: what it holds.
+
+    Raises:
+        ValueError: for text that is too long, and for values that are nested too deeply or hold
+            numbers of thousands of digits.
+    """
+    if value == "null":
+        return None
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        if len(value) > MAX_JSON_LENGTH:
+            raise ValueError(
+                f"{name}: expected JSON text of at most {MAX_JSON_LENGTH} characters, got "
+                f"{len(value)}; shorten it"
+            )
+        try:
+            value = json.loads(value)
+        except RecursionError:
+            raise _too_deep(name) from None
+        except json.JSONDecodeError:
+            return value  # a text that only looks like it; its field says what it expects
+        except ValueError:
+            raise ValueError(
+                f"{name}: expected numbers of ordinary size in JSON text, got one of thousands of "
+                f"digits; correct it"
+            ) from None
+    if _deeper_than(MAX_JSON_DEPTH, value):
+        raise _too_deep(name)
+    return value
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(levels - 1, part) for part in parts)
+
+
+def _too_deep(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected at most {MAX_JSON_DEPTH} levels of lists and objects, got more; "
+        f"flatten it"
+    )
 
 
 def shown(value: Any) -> str:

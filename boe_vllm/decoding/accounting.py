@@ -60,22 +60,55 @@ class TokenLogprobs:
     """Rank of the committed token, 1 is the most likely."""
 
 
-def given_logprobs(token: int) -> TokenLogprobs:
-    """Of a token that the request itself put on the canvas: certain."""
-    return TokenLogprobs(token_ids=[token], logprobs=[0.0], rank=1)
+class Logprobs:
+    """Log-probabilities of the tokens of a request that asks for them, at their commits."""
+
+    def __init__(self, top: int) -> None:
+        """With so many of the most likely tokens beside each."""
+        self.top = top
+        self._noted: dict[int, TokenLogprobs] = {}
+
+    def note(
+        self,
+        positions: IntArray,
+        statistics: RowStatistics,
+        rows: IntArray,
+        index: IntArray,
+        others: Mapping[int, TokenLikelihood],
+    ) -> None:
+        """Positions are committed.
+
+        Args:
+            positions: which.
+            statistics: of the step.
+            rows: of them, one for each position.
+            index: of each position in the view.
+            others: the token that is written where it is not its row's proposal, by index.
+        """
+        for position, row, n in zip(positions.tolist(), rows.tolist(), index.tolist(), strict=True):
+            self._noted[position] = _token_logprobs(statistics, row, self.top, others.get(n))
+
+    def of(self, positions: range, tokens: IntArray, given: BoolArray) -> list[TokenLogprobs]:
+        """Those of some committed positions; what the request itself has put there is certain.
+
+        Args:
+            positions: of prompt and canvas.
+            tokens: of all of them.
+            given: of all of them, whether they came with the request.
+        """
+        return [
+            TokenLogprobs(token_ids=[int(tokens[n])], logprobs=[0.0], rank=1)
+            if given[n]
+            else self._noted[n]
+            for n in positions
+        ]
 
 
-def token_logprobs(
-    statistics: RowStatistics, row: int, top: int, other: TokenLikelihood | None = None
+def _token_logprobs(
+    statistics: RowStatistics, row: int, top: int, other: TokenLikelihood | None
 ) -> TokenLogprobs:
-    """The log-probabilities of one row, with its `top` most likely tokens.
-
-    Args:
-        statistics: of the step.
-        row: of them.
-        top: how many.
-        other: the token that is written, if it is not the row's proposal.
-    """
+    """Of one row, with its `top` most likely tokens; `other` is the token that is written, if it is
+    not the row's proposal."""
     if other is None:
         with np.errstate(divide="ignore"):  # a probability may underflow
             value = float(np.log(statistics.confidence[row]))

@@ -19,7 +19,7 @@ from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.models.cache import CachePlan
 from boe_vllm.models.rows import RowLayout, SequenceRows, pack, readable
 from boe_vllm.sampling import randomness
-from boe_vllm.sampling.constraints import Constraint, ConstraintTable
+from boe_vllm.sampling.constraints import ConstraintTable
 from boe_vllm.sampling.statistics import RowStatistics, RowWrites
 from boe_vllm.steering.guidance import Guidance, Place, with_unconditional
 
@@ -42,7 +42,8 @@ class StepBatch:
     """Of the computed sequences and the unconditional copies."""
     cache_plans: tuple[CachePlan | None, ...]
     """[B] one for each sequence of the layout."""
-    table: ConstraintTable
+    table: ConstraintTable | None
+    """None if no request is constrained."""
     constraint_R: IntArray
     """[R] number of each logit row's constraint in the table."""
     writes: RowWrites
@@ -71,7 +72,8 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
     if any(guides):
         packed, unconditional = with_unconditional(packed, guides[: len(computed)], mask_token_id)
     layout = pack(packed, device)
-    table = ConstraintTable()
+    constrained = any(canvas.constraints is not None for canvas in canvases)
+    table = ConstraintTable() if constrained else None
     wanted = [rows.wanted_positions for rows in sequences[: len(computed)]]
     needs = [canvas.policy.needs() for canvas in computed]
     return StepBatch(
@@ -87,7 +89,7 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
             [
                 np.empty(0, np.int64),
                 *(
-                    table.numbers(_constraints(canvas, positions), len(positions))
+                    _constraints(canvas, positions, table)
                     for canvas, positions in zip(computed, wanted, strict=True)
                 ),
             ]
@@ -97,8 +99,12 @@ def pack_step(canvases: Sequence[Canvas], *, mask_token_id: int, device: torch.d
     )
 
 
-def _constraints(canvas: Canvas, positions: IntArray) -> list[Constraint] | None:
-    return canvas.constraints.at(canvas.tokens, canvas.masked, positions)
+def _constraints(canvas: Canvas, positions: IntArray, table: ConstraintTable | None) -> IntArray:
+    """Numbers of what may be written at some positions."""
+    if table is None or canvas.constraints is None:
+        return np.zeros(len(positions), np.int64)
+    found = canvas.constraints.at(canvas.tokens, canvas.masked, positions)
+    return table.numbers(found, len(positions))
 
 
 def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
@@ -125,14 +131,15 @@ def _writes(canvases: Sequence[Canvas], wanted: Sequence[IntArray]) -> RowWrites
     temperature, uniform = [np.empty(0)], [np.empty(0)]
     for canvas, positions in zip(canvases, wanted, strict=True):
         temperature.append(np.full(len(positions), canvas.params.temperature))
-        uniform.append(
-            randomness.uniforms(
+        numbers = np.full(len(positions), np.nan)
+        if canvas.params.temperature > 0:
+            numbers = randomness.uniforms(
                 canvas.params.seed,
                 step=canvas.account.denoising_steps,
                 positions=positions,
                 stream=randomness.WRITE,
             )
-        )
+        uniform.append(numbers)
     return RowWrites(
         temperature=np.concatenate(temperature),
         uniform=np.concatenate(uniform),

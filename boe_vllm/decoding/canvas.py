@@ -16,23 +16,17 @@ from typing import Any
 import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
-from boe_vllm.decoding.accounting import (
-    Account,
-    TokenLogprobs,
-    Trace,
-    given_logprobs,
-    infilled_runs,
-    token_logprobs,
-)
+from boe_vllm.decoding.accounting import Account, Logprobs, TokenLogprobs, Trace, infilled_runs
 from boe_vllm.decoding.blocks import Blocks
 from boe_vllm.decoding.cache import RequestCache
-from boe_vllm.decoding.frontier import frontier_of, remasked_with
+from boe_vllm.decoding.frontier import remasked_with
+from boe_vllm.decoding.request_constraints import constraints_of
 from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
 from boe_vllm.policies.choices import ChoicesPolicy
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.canvas_constraints import CanvasConstraints
+from boe_vllm.sampling.frontier import FrontierGrammar
 from boe_vllm.sampling.log_probs import TokenLikelihood
 from boe_vllm.sampling.prefix import PrefixMatchers
 from boe_vllm.sampling.statistics import RowStatistics
@@ -75,15 +69,17 @@ class Canvas:
         self.prompt_len = len(prompt)
         self.tokens, self.masked = self._laid_out(prompt)
         self.given = ~self.masked
-        self.constraints = self._rules(matchers)
+        rules = params, self.prompt_len, special, matchers
+        self.constraints = constraints_of(*rules) if params.constrained else None
         self.late_tokens = np.array(sorted(special.late) if frame.late else [], np.int64)
-        self.account, self.trace = Account(), Trace(len(self.tokens))
+        self.account = Account()
+        self.trace = Trace(len(self.tokens)) if frame.trace else None
+        self.logprobs = Logprobs(params.top_logprobs) if params.logprobs else None
         guided = frame.cfg_scale > 0
         self.guide = Guidance(scale=frame.cfg_scale, given=self.given.copy()) if guided else None
         self._write_certain()
         self.masked_at_start, self.emitted = int(self.masked.sum()), 0
         self.memory, self.device_memory = dict[str, Any](), dict[str, Any]()
-        self.logprobs_of: dict[int, TokenLogprobs] = {}
         self.cache: RequestCache | None = None
         if frame.cache != "none":
             assert pool is not None
@@ -104,31 +100,24 @@ class Canvas:
 
     def _laid_out(self, prompt: list[int]) -> tuple[IntArray, BoolArray]:
         tokens = np.full(len(prompt) + self.plan.gen_length, self.special.mask, np.int64)
-        given = [*prompt, *(self.config.given_text.template(self.special.mask) or [])]
+        text = self.config.given_text and self.config.given_text.template(self.special.mask)
+        given = [*prompt, *(text or [])]
         tokens[: len(given)] = given
         masked = tokens == self.special.mask
         if not self.config.frame.infill:  # then one in the prompt is a token like any other
             masked[: len(prompt)] = False
         return tokens, masked
 
-    def _rules(self, matchers: PrefixMatchers | None) -> CanvasConstraints:
-        params, frame, length = self.params, self.config.frame, self.plan.gen_length
-        read = params.constraints.prefix_grammar is not None
-        return CanvasConstraints(
-            params.constraints,
-            self.prompt_len,
-            never=self.special.eos if frame.logits_eos_inf else None,
-            discounted=tuple(sorted(self.special.late)) if frame.confidence_eos_eot_inf else (),
-            length=length,
-            end=params.max_tokens or length,
-            frontier=frontier_of(params, self.special, matchers) if read else None,
-        )
-
     @property
     def visible(self) -> int:
         """Positions that the model sees: those up to the current block's end, of a canvas that
         grows."""
         return self.blocks.end if self.config.frame.canvas == "growing" else len(self.tokens)
+
+    @property
+    def frontier(self) -> FrontierGrammar | None:
+        """The request's grammar, if it can only be read from left to right."""
+        return None if self.constraints is None else self.constraints.frontier
 
     @property
     def done(self) -> bool:
@@ -191,30 +180,29 @@ class Canvas:
         Raises:
             ValueError: for a decision that no rule may make.
         """
-        if self.blocks.last_step and self.constraints.frontier is None:
+        if self.blocks.last_step and self.frontier is None:
             commit = finishing(commit, view)
         chosen = commit.chosen
         positions = view.positions[chosen]
         tokens = view.proposal[chosen] if commit.tokens is None else commit.tokens
-        stand = self.constraints.standing(self.tokens, self.masked, positions, tokens)
-        chosen, positions, tokens = chosen[stand], positions[stand], tokens[stand]
+        if self.constraints is not None:
+            stand = self.constraints.standing(self.tokens, self.masked, positions, tokens)
+            chosen, positions, tokens = chosen[stand], positions[stand], tokens[stand]
         if len(chosen) == 0 and len(commit.remask) == 0 and not commit.idle:
             raise ValueError(f"policy {self.policy.name!r} decided nothing in step {view.step}")
         self.tokens[positions] = tokens
         self.masked[positions] = False
-        self.trace.note(
-            positions,
-            step=view.step,
-            entropy=statistics.entropy[rows][chosen],
-            confidence=statistics.confidence[rows][chosen],
-            scores=None if commit.scores is None else commit.scores[chosen],
-        )
-        if self.params.logprobs:
-            for index, position, token in zip(chosen, positions, tokens, strict=True):
-                other = likelihoods[int(index)] if token != view.proposal[index] else None
-                self.logprobs_of[int(position)] = token_logprobs(
-                    statistics, rows.start + int(index), self.params.top_logprobs, other
-                )
+        if self.trace is not None:
+            self.trace.note(
+                positions,
+                step=view.step,
+                entropy=statistics.entropy[rows][chosen],
+                confidence=statistics.confidence[rows][chosen],
+                scores=None if commit.scores is None else commit.scores[chosen],
+            )
+        if self.logprobs is not None:
+            others = {n: likelihoods[n] for n in chosen[tokens != view.proposal[chosen]].tolist()}
+            self.logprobs.note(positions, statistics, rows.start + chosen, chosen, others)
         self._remask(commit.remask)
         done = self.blocks.complete(self.masked)
         if done or not self.policy.config.rewrites:
@@ -229,11 +217,14 @@ class Canvas:
 
     def _write_certain(self) -> None:
         """Write what a grammar leaves no choice about, which is from now on as good as given."""
+        if self.constraints is None:
+            return
         certain = self.constraints.certain(self.tokens, self.masked)
         positions = np.array(list(certain), np.int64)
         self.tokens[positions], self.masked[positions] = list(certain.values()), False
         self.given[positions] = True
-        self.trace.note_given(positions, step=self.account.denoising_steps)
+        if self.trace is not None:
+            self.trace.note_given(positions, step=self.account.denoising_steps)
 
     def _remask(self, positions: IntArray) -> None:
         sent = (positions >= self.prompt_len) & (positions < self.prompt_len + self.emitted)
@@ -243,11 +234,12 @@ class Canvas:
                 f"expected some of {self.blocks.positions.tolist()} that are not sent, got "
                 f"{positions.tolist()}"
             )
-        if self.constraints.frontier is not None:
+        if self.frontier is not None:
             positions = remasked_with(positions, self)
         self.tokens[positions] = self.special.mask
         self.masked[positions] = True
-        self.trace.forget(positions)
+        if self.trace is not None:
+            self.trace.forget(positions)
 
     def _carry(self, prediction: RowStatistics | None) -> None:
         """Keep the coming step's prediction, unless its forward is needed all the same."""
@@ -255,7 +247,9 @@ class Canvas:
         refresh = plan is not None and plan.refresh
         # A write may have changed the constraints that the prediction was made by, and no
         # look-ahead predicts what is written already.
-        stale = refresh or self.constraints.depends_on_tokens or self.policy.needs().revision
+        constraints = self.constraints
+        stale = refresh or (constraints is not None and constraints.depends_on_tokens)
+        stale = stale or self.policy.needs().revision
         self.carried = None if stale else prediction
         if self.carried is not None and len(self.carried.proposal) != len(self.writable()):
             raise ValueError(
@@ -277,20 +271,17 @@ class Canvas:
         self.emitted += grown
         return self.tokens[start : start + grown].tolist()
 
-    def emitted_logprobs(self, count: int) -> list[TokenLogprobs]:
-        """Log-probabilities of the last `count` emitted tokens."""
+    def emitted_logprobs(self, count: int) -> list[TokenLogprobs] | None:
+        """Log-probabilities of the last `count` emitted tokens, if the request asks for any."""
+        if self.logprobs is None:
+            return None
         end = self.prompt_len + self.emitted
-        return [
-            given_logprobs(int(self.tokens[position]))
-            if self.given[position]
-            else self.logprobs_of[position]
-            for position in range(end - count, end)
-        ]
+        return self.logprobs.of(range(end - count, end), self.tokens, self.given)
 
     def report(self) -> dict[str, Any]:
         """What the request has cost and, with `trace`, how each position was committed."""
         report: dict[str, Any] = {"policy": self.config.policy, **dataclasses.asdict(self.account)}
-        if self.config.frame.trace:
+        if self.trace is not None:
             report["trace"] = self.trace.report(self.tokens, self.prompt_len)
         if not self.given[: self.prompt_len].all():
             given, masked = (at[: self.prompt_len] for at in (self.given, self.masked))

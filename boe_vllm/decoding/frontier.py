@@ -17,50 +17,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
-from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View, finishing
-from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.canvas_constraints import frontier_on_canvas
 from boe_vllm.sampling.frontier import FrontierGrammar
-from boe_vllm.sampling.prefix import PrefixMatchers
 
 if TYPE_CHECKING:
     from boe_vllm.decoding.canvas import Canvas
 
 
-def frontier_of(
-    params: ResolvedRequest, special: SpecialTokens, matchers: PrefixMatchers | None
-) -> FrontierGrammar:
-    """The grammar of such a request, on its empty canvas.
-
-    Args:
-        params: what the request asked for.
-        special: ids of the mask and of the ends of text.
-        matchers: the parser of grammars, where there is one.
-
-    Raises:
-        ValueError: for a grammar that nobody here can read.
-    """
-    if matchers is None:
-        raise ValueError(
-            "structured_outputs: expected a grammar with a finite automaton where there is no "
-            "parser, got one without; send a schema or an expression"
-        )
-    return frontier_on_canvas(
-        params.constraints,
-        matchers,
-        length=params.plan.gen_length,
-        end=params.max_tokens or params.plan.gen_length,
-        mask_token_id=special.mask,
-        eos_token_id=special.eos,
-    )
-
-
 def narrowed(view: View, canvas: Canvas) -> View:
     """The view in which only the frontier may be written."""
-    frontier = canvas.constraints.frontier
-    assert frontier is not None
-    canvas.constraints.take_in(canvas.tokens, canvas.masked)
+    frontier = _taken_in(canvas)
     first = _first(view, canvas)
     run = _run(view, frontier, first)
     until = first + max(1, run)  # where the proposal does not stand, something else will
@@ -86,8 +52,6 @@ def along(commit: Commit, view: View, canvas: Canvas) -> Commit:
     At least one position is written, unless the policy wants to write none: where its token does
     not stand, one that does.
     """
-    frontier = canvas.constraints.frontier
-    assert frontier is not None
     if commit.idle:
         return commit
     if canvas.blocks.last_step:
@@ -97,7 +61,7 @@ def along(commit: Commit, view: View, canvas: Canvas) -> Commit:
     first = _first(view, canvas)
     written = {n: token for n, token in wanted.items() if n < first}
     due = min(len(wanted) - len(written), view.quota)
-    canvas.constraints.take_in(canvas.tokens, canvas.masked)
+    frontier = _taken_in(canvas)
     for n in range(first, len(view.positions) if due else first):
         if n not in wanted and n - first >= due:
             break
@@ -120,6 +84,13 @@ def remasked_with(positions: IntArray, canvas: Canvas) -> IntArray:
     written = canvas.blocks.written(canvas.masked)
     first = positions[positions >= canvas.prompt_len].min(initial=len(canvas.tokens))
     return np.union1d(positions, written[written >= first])
+
+
+def _taken_in(canvas: Canvas) -> FrontierGrammar:
+    """The grammar, told what stands on the canvas."""
+    assert canvas.constraints is not None and canvas.constraints.frontier is not None
+    canvas.constraints.take_in(canvas.tokens, canvas.masked)
+    return canvas.constraints.frontier
 
 
 def _first(view: View, canvas: Canvas) -> int:

@@ -178,7 +178,6 @@ class DenoisingLoop:
                 model,
                 hidden,
                 mask_token_id=self.special.mask,
-                eos_token_id=self.special.eos,
                 constraint_R=batch.constraint_R,
                 table=batch.table,
                 score_grid=self.score_grid,
@@ -239,7 +238,7 @@ def _result(
     tokens = [] if error else canvas.emit()
     return StepResult(
         tokens=tokens,
-        logprobs=canvas.emitted_logprobs(len(tokens)) if canvas.params.logprobs else None,
+        logprobs=canvas.emitted_logprobs(len(tokens)),
         done=canvas.done,
         report=canvas.report() if tokens or error or canvas.done else None,
         error=error,

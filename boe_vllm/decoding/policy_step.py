@@ -92,7 +92,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         late_tokens=canvas.late_tokens,
         memory=canvas.memory,
     )
-    return view if canvas.constraints.frontier is None else narrowed(view, canvas)
+    return view if canvas.frontier is None else narrowed(view, canvas)
 
 
 def decide(
@@ -138,7 +138,7 @@ def _along(
     """The decisions, where only the frontier may be written what of them is; see there."""
     found: dict[int, Commit] = {}
     for n, commit in commits.items():
-        if canvases[n].constraints.frontier is None:
+        if canvases[n].frontier is None:
             found[n] = commit
             continue
         try:

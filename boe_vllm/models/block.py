@@ -68,7 +68,7 @@ class Block(nn.Module):
         else:
             self.mlp = RoutedMlp(shape.experts, width, layers)
         self.heads, self.kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.sum_over_ranks = layers.sum_over_ranks
+        self._ranks = layers
 
     def project(
         self,
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm for the MLP, [N, D] each."""
-        mixed = self.sum_over_ranks(matmul_rows(mixed_NHP.flatten(1), self.attn_out.weight.t()))
+        mixed = self._summed(matmul_rows(mixed_NHP.flatten(1), self.attn_out.weight.t()))
         return self.norm.add_(mixed, x_ND, self.ff_norm)
 
     def feed(
@@ -134,10 +134,14 @@ class Block(nn.Module):
         """The residual stream after the MLP, [N, D]; its norm by the next block's `then_D`, if that
         is given; and what the MLP's backward needs of the rows `saved_A`, if they are."""
         fed, saved = self.mlp.run(normed_ND, saved_A, scratch)
-        fed = self.sum_over_ranks(fed)
+        fed = self._summed(fed)
         if then_D is None:
             return fed.add_(x_ND), None, saved
         return *self.norm.add_(fed, x_ND, then_D), saved
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, where there are several."""
+        return x if self._ranks.ranks == 1 else self._ranks.sum_over_ranks(x)
 
     def backward(
         self,
@@ -153,7 +157,7 @@ class Block(nn.Module):
         `active_A11` is 1 for the rows whose attention output passes a gradient (eq. 30), else 0;
         None for all of them.
         """
-        dnormed = self.sum_over_ranks(self.mlp.backward(dx_AD, saved.mlp))
+        dnormed = self._summed(self.mlp.backward(dx_AD, saved.mlp))
         after = saved.after_attention_AD
         dx_AD = self.norm.backward(dnormed, after, self.ff_norm, dx_AD)
         dmixed = matmul_rows(dx_AD, self.attn_out.weight).view(len(dx_AD), -1, self.head_size)
@@ -171,7 +175,7 @@ class Block(nn.Module):
         dqkv = join_rotated_back(dq, dk, dv, rotary)
         if saved.heads_AXP is not None:
             dqkv = self._norm_heads_back(dqkv, saved.heads_AXP)
-        dnormed = self.sum_over_ranks(matmul_rows(dqkv, self.qkv_proj.weight))
+        dnormed = self._summed(matmul_rows(dqkv, self.qkv_proj.weight))
         dx_AD = self.norm.backward(dnormed, saved.before_AD, self.attn_norm, dx_AD)
         return dx_AD, dmixed, dk, dv
 

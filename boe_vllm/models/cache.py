@@ -52,7 +52,8 @@ class KeyValuePool:
         device: torch.device,
     ) -> None:
         """Allocate `rows` rows of keys and values for every layer; none until first used."""
-        self.rows = rows
+        self.rows, self.used = rows, 0
+        """How many there are, and how many of them are in use."""
         self._shape = (layers, 2, rows, heads, head_size)
         self._dtype, self._device = dtype, device
         self._storage: Tensor | None = None
@@ -64,11 +65,6 @@ class KeyValuePool:
         if self._storage is None:
             self._storage = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         return self._storage
-
-    @property
-    def used(self) -> int:
-        """Rows in use."""
-        return self.rows - len(self._free)
 
     def take(self, count: int) -> IntArray:
         """Slots for `count` rows.
@@ -82,11 +78,13 @@ class KeyValuePool:
                 "raise max_num_batched_tokens or lower max_num_seqs"
             )
         taken, self._free = self._free[:count], self._free[count:]
+        self.used += count
         return taken
 
     def give_back(self, slots: IntArray) -> None:
         """Return slots to the pool."""
         self._free = np.concatenate([self._free, slots])
+        self.used -= len(slots)
 
 
 class CachedRows(KeyValueContext):

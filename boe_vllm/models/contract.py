@@ -80,7 +80,7 @@ class DenoisingNetwork(Protocol):
         Args:
             x_TD: embeddings of the live rows.
             layout: where the rows lie.
-            context: where frozen keys and values come from, if the layout has any.
+            context: where stored keys and values come from, if the layout has any.
             memory: for what is gone with the next pass given it.
         """
         ...

@@ -28,7 +28,7 @@ from boe_vllm.models.names import CheckpointConfig
 from boe_vllm.models.norms import norm_of
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.rows import RowLayout
-from boe_vllm.models.saved import KeyValueContext, SavedLayer, SavedPass, key_value_memory
+from boe_vllm.models.saved import KeyValueContext, SavedLayer, SavedPass
 
 Tensor = torch.Tensor
 
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of what every tensor-parallel rank has for its own heads."""
-        return self._ranks.sum_over_ranks(x)
+        return x if self._ranks.ranks == 1 else self._ranks.sum_over_ranks(x)
 
     def use_attention(self, impl: str) -> None:
         """Let the named implementation compute the attention.
@@ -112,11 +112,10 @@ class Decoder(nn.Module):
         Args:
             x_TD: embeddings of the live rows.
             layout: where the rows lie.
-            context: where frozen keys and values come from, if the layout has any.
+            context: where stored keys and values come from, if the layout has any.
             memory: for the keys and values of a pass with saved rows, which are gone with the next
                 pass given it; without it, or on CUDA, they are allocated.
         """
-        context = context or KeyValueContext()
         block = self.layers[0]
         rotary = rotary_tables(
             layout.positions,
@@ -131,13 +130,14 @@ class Decoder(nn.Module):
         saved = SavedPass(layout, rotary[:, index_A], []) if keep else None
         places: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         if keep and memory and x_TD.device.type == "cpu":
-            places = [*key_value_memory(x_TD, memory, **self.cache_shape())]
+            places = [*self._key_value_memory(x_TD, memory)]
         for index, block in enumerate(self.layers):
             assert normed is not None
             q, k, v, heads = block.project(
                 normed, rotary, self.scratch, places[index], index_A if keep else None
             )
-            k, v = context.merge(index, k, v)
+            if context is not None:
+                k, v = context.merge(index, k, v)
             impl = block.attention_impl
             mixed = attention_forward(
                 q, k, v, layout=layout.attention, scale=block.scale, impl=impl
@@ -181,6 +181,18 @@ class Decoder(nn.Module):
                 observe(index, dmixed, dk, dv)
         return dx
 
+    def _key_value_memory(self, x_TD: Tensor, memory: Scratch) -> list[tuple[Tensor, Tensor]]:
+        """Uninitialised keys and values of every layer, [T, G, P] each, one after another.
+
+        They are megabytes per layer; taken from the heap they would push a step's temporaries to
+        memory that is not in the processor's cache, or not mapped at all.
+        """
+        shape = self.cache_shape()
+        layers, heads, size = shape["layers"], shape["heads"], shape["head_size"]
+        flat = memory.like(x_TD, layers * 2 * heads * size)
+        pairs = flat.view(layers, 2, len(x_TD), heads, size)
+        return [(keys, values) for keys, values in pairs]
+
     def cache_shape(self) -> dict[str, int]:
         """Layers, key heads on this rank and head size, for a pool of keys and values."""
         block = self.layers[0]
@@ -193,8 +205,10 @@ class Decoder(nn.Module):
 
         In the dtype of the network; on CUDA in float32 where that is half precision.
         """
-        local = matmul_rows(hidden_RD, self.head.weight.t(), scratch, float32=True)
-        logits = self._ranks.gather_columns(local)[:, : self.vocab_size]
+        logits = matmul_rows(hidden_RD, self.head.weight.t(), scratch, float32=True)
+        if self._ranks.ranks > 1:
+            logits = self._ranks.gather_columns(logits)
+        logits = logits[:, : self.vocab_size]
         return logits if self.head_bias is None else logits.add_(self.head_bias)
 
     def logits_backward(self, dlogits_RV: Tensor) -> Tensor:

@@ -130,12 +130,12 @@ class Layers:
         return head
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Sum over the tensor-parallel ranks."""
-        return x
+        """Sum over the tensor-parallel ranks, of which there are several."""
+        raise NotImplementedError
 
     def gather_columns(self, x_NE: Tensor) -> Tensor:
-        """The columns of all ranks side by side, on every rank."""
-        return x_NE
+        """The columns of all ranks side by side, on every rank; there are several."""
+        raise NotImplementedError
 
 
 def copy_exactly(place: Tensor, tensor: Tensor) -> None:

@@ -7,11 +7,10 @@ Legend: `T` packed live rows, `A` packed saved rows, `S` packed rows of keys and
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from boe_vllm.models.functional import Scratch
 from boe_vllm.models.rows import RowLayout
 
 Tensor = torch.Tensor
@@ -42,22 +41,9 @@ class SavedPass:
     final_AD: Tensor | None = None
 
 
-class KeyValueContext:
-    """Where a pass finds keys and values: by default only the live rows' own."""
+class KeyValueContext(Protocol):
+    """Where a pass finds keys and values beside its live rows' own."""
 
     def merge(self, layer: int, keys_TGP: Tensor, values_TGP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows, [S, G, P] each, given those of the live rows."""
-        return keys_TGP, values_TGP
-
-
-def key_value_memory(
-    x_TD: Tensor, memory: Scratch, *, layers: int, heads: int, head_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Uninitialised keys and values of every layer, [T, G, P] each, one after another in `memory`.
-
-    They are megabytes per layer; taken from the heap they would push a step's temporaries to memory
-    that is not in the processor's cache, or not mapped at all.
-    """
-    flat = memory.like(x_TD, layers * 2 * heads * head_size)
-    pairs = flat.view(layers, 2, len(x_TD), heads, head_size)
-    return [(keys, values) for keys, values in pairs]
+        ...

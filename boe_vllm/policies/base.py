@@ -133,6 +133,12 @@ class View:
             self.seed, step=self.step, positions=self.positions, stream=stream
         )
 
+    def write_uniforms(self) -> FloatArray:
+        """[M] those behind the tokens of this step; NaN at temperature 0, where none is drawn."""
+        if self.temperature == 0:
+            return np.full(len(self.positions), np.nan)
+        return self.uniforms(randomness.WRITE)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:

@@ -18,7 +18,6 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, View, allowed, top
 from boe_vllm.policies.eb import bounded_count
-from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
@@ -71,7 +70,7 @@ def bounded_commit(
         scores: [M] to be reported.
         bound: what the policy is set to.
     """
-    tokens, uniform = view.proposal.copy(), view.uniforms(randomness.WRITE)
+    tokens, uniform = view.proposal.copy(), view.write_uniforms()
     entropy = view.entropy.copy()
     surest = allowed(-entropy, view)
     chosen = first

@@ -10,7 +10,6 @@ import numpy as np
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import View, candidates_of, log, top
-from boe_vllm.sampling import randomness
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.step import Query
 
@@ -54,7 +53,7 @@ def chain_set(
         certain: see above.
     """
     confidence, tokens = view.confidence[candidates], view.proposal[candidates]
-    uniform = view.uniforms(randomness.WRITE)[candidates]
+    uniform = view.write_uniforms()[candidates]
     others_left = np.isfinite(np.delete(view.confidence, candidates)).any()
     current = scores.copy()
     chosen: list[int] = []

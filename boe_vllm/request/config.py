@@ -7,7 +7,6 @@ the text that a request gives. Nothing here imports vLLM.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,16 +15,13 @@ from pydantic import Field
 from boe_vllm.base import options
 from boe_vllm.base.options import shown
 from boe_vllm.policies import POLICY_NAMES, PolicyConfig, frequencies, load_policy
-from boe_vllm.request.given_text import GivenText, split_given_text
+from boe_vllm.request.given_text import GIVEN, GivenText, split_given_text
 from boe_vllm.request.plan import Schedule, must_divide
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]  # on the way to the engine, 64 bits
 
 DEFAULT_POLICY = "confidence"
 CHOICES = "choices"  # what decodes a request that names its answers
-
-MAX_JSON_LENGTH = 1 << 20
-MAX_JSON_DEPTH = 8
 
 # Keys of SamplingParams.extra_args that belong to vLLM itself.
 VLLM_EXTRA_ARGS = frozenset({"kv_transfer_params", "session_id", "ec_transfer_params"})
@@ -124,7 +120,7 @@ class SamplerConfig:
         default_factory=lambda: load_policy(DEFAULT_POLICY).Config()
     )
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
-    given_text: GivenText = dataclasses.field(default_factory=GivenText)
+    given_text: GivenText | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a flat, JSON-ready mapping; `parse_sampler_config` reads it back."""
@@ -154,8 +150,10 @@ def parse_sampler_config(
     own_word = base is None
     base = base or SamplerConfig()
     fields = _read_values(fields)
-    given_text, fields = split_given_text(fields)
-    if given_text != GivenText():
+    given_text = None
+    if not GIVEN.isdisjoint(fields):
+        given_text, fields = split_given_text(fields)
+    if given_text is not None:
         if own_word:
             raise _not_here("in a request", "the server's configuration", given_text.given())
         if given_text.choices is not None:
@@ -166,31 +164,28 @@ def parse_sampler_config(
             f"policy: expected one of {sorted(POLICY_NAMES)}, got {shown(policy)}; choose one of "
             f"them"
         )
-    settings_class = load_policy(policy).Config
-    frame_names, own_names = options.names(FrameConfig), options.names(settings_class)
-    server_names = options.names(ServerConfig)
-    server = {key: fields.pop(key) for key in server_names if key in fields}
+    frame_names, own_names = options.names(FrameConfig), options.names(load_policy(policy).Config)
+    server = {key: fields.pop(key) for key in options.names(ServerConfig) if key in fields}
     if server and not own_word:
         raise _not_here("in the server's own configuration", "a request", server)
-    server_config = options.build(ServerConfig, dataclasses.asdict(base.server) | server)
+    server_config = base.server
+    if server:
+        server_config = options.build(ServerConfig, dataclasses.asdict(base.server) | server)
     for name in fields:
         if name not in frame_names and name not in own_names:
             raise options.unknown_field(
                 name, ["policy", *frame_names, *own_names], f" for policy {policy!r}"
             )
-    frame = {key: value for key, value in fields.items() if key in frame_names}
-    settings = {key: value for key, value in fields.items() if key in own_names}
-    shared = dataclasses.asdict(server_config)
-    settings |= {key: shared[key] for key in server_names if key in own_names}
-    settings = settings_class.resolve(settings, base.settings if policy == base.policy else None)
-    frame_config = _frame(base.frame, frame, given_text)
-    built = options.build(settings_class, settings)
-    if frame_config.steps is not None or frame_config.tokens_per_step is not None:
-        built = built.paced()
+    own = {key: value for key, value in fields.items() if key in frame_names}
+    frame = _frame(base.frame, own, given_text)
+    own = {key: value for key, value in fields.items() if key in own_names}
+    settings = _settings(policy, own, base, server_config)
+    if frame.steps is not None or frame.tokens_per_step is not None:
+        settings = settings.paced()
     return SamplerConfig(
         policy=policy,
-        frame=frame_config,
-        settings=built,
+        frame=frame,
+        settings=settings,
         server=server_config,
         given_text=given_text,
     )
@@ -200,20 +195,34 @@ def _read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields, with their JSON read. What is no name at all is refused later, by its name and
     not for its value."""
     return {
-        name: read_json(name, value) if str(name).isidentifier() else value
+        name: options.read_json(name, value) if str(name).isidentifier() else value
         for name, value in fields.items()
         if name not in VLLM_EXTRA_ARGS
     }
 
 
-def _frame(base: FrameConfig, own: Mapping[str, Any], given_text: GivenText) -> FrameConfig:
+def _settings(
+    policy: str, own: dict[str, Any], base: SamplerConfig, server: ServerConfig
+) -> PolicyConfig:
+    """A request's settings of its policy, over the server's where they are of the same one."""
+    kind, same = load_policy(policy).Config, policy == base.policy
+    if same and not own and server is base.server:
+        return base.settings
+    shared, names = dataclasses.asdict(server), options.names(kind)
+    own |= {key: value for key, value in shared.items() if key in names}
+    return options.build(kind, kind.resolve(own, base.settings if same else None))
+
+
+def _frame(base: FrameConfig, own: Mapping[str, Any], given_text: GivenText | None) -> FrameConfig:
     """A request's frame over the server's."""
+    if not own and given_text is None:
+        return base
     inherited = dataclasses.asdict(base)
     # A request that says `steps` replaces a server's `tokens_per_step`, and the reverse.
     for name, other in (("steps", "tokens_per_step"), ("tokens_per_step", "steps")):
         if own.get(name) is not None and other not in own:
             inherited[other] = None
-    if given_text.canvas_template is not None:
+    if given_text is not None:
         inherited["gen_length"] = None  # a request's own template goes before a server's length
     return options.build(FrameConfig, inherited | dict(own))
 
@@ -244,54 +253,4 @@ def _not_here(where: str, found: str, fields: Mapping[str, Any]) -> ValueError:
     name, value = next(iter(fields.items()))
     return ValueError(
         f"{name}: expected {where} only, got {shown(value)} in {found}; remove it there"
-    )
-
-
-def read_json(name: str, value: Any) -> Any:
-    """Read JSON text where a field can neither be nested nor be null (HTTP); leave every other
-    value alone.
-
-    Args:
-        name: of the field, for errors.
-        value: what it holds.
-
-    Raises:
-        ValueError: for text that is too long, and for values that are nested too deeply or hold
-            numbers of thousands of digits.
-    """
-    if value == "null":
-        return None
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        if len(value) > MAX_JSON_LENGTH:
-            raise ValueError(
-                f"{name}: expected JSON text of at most {MAX_JSON_LENGTH} characters, got "
-                f"{len(value)}; shorten it"
-            )
-        try:
-            value = json.loads(value)
-        except RecursionError:
-            raise _too_deep(name) from None
-        except json.JSONDecodeError:
-            return value  # a text that only looks like it; its field says what it expects
-        except ValueError:
-            raise ValueError(
-                f"{name}: expected numbers of ordinary size in JSON text, got one of thousands of "
-                f"digits; correct it"
-            ) from None
-    if _deeper_than(MAX_JSON_DEPTH, value):
-        raise _too_deep(name)
-    return value
-
-
-def _deeper_than(levels: int, value: Any) -> bool:
-    if not isinstance(value, (list, tuple, dict)):
-        return False
-    parts = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper_than(levels - 1, part) for part in parts)
-
-
-def _too_deep(name: str) -> ValueError:
-    return ValueError(
-        f"{name}: expected at most {MAX_JSON_DEPTH} levels of lists and objects, got more; "
-        f"flatten it"
     )

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from boe_vllm.base import options
 from boe_vllm.base.options import shown
+
+if TYPE_CHECKING:
+    from boe_vllm.request.resolve import SamplingFields
 
 Encode = Callable[[str], list[int]]
 
@@ -82,7 +85,7 @@ Choices = Annotated[
 
 @options.options
 class GivenText:
-    """Fields of a request that a server has no defaults for."""
+    """Fields of a request that a server has no defaults for; one of them is set."""
 
     canvas_template: Template | None = None
     """The canvas piece by piece: text or token ids that stand there, or a number of masks."""
@@ -152,30 +155,68 @@ class GivenText:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def source(self) -> str | None:
-        """The name of the field that is set, if one is."""
-        return next(iter(self.given()), None)
+    def source(self) -> str:
+        """The name of the field that is set."""
+        return next(iter(self.given()))
 
     @property
-    def length(self) -> int | None:
+    def length(self) -> int:
         """Tokens of the canvas that follows: the template's, or the longest answer's and an end of
-        text; None if nothing is given. To be asked of encoded text."""
+        text. To be asked of encoded text."""
         if self.canvas_template is not None:
             return sum(p if isinstance(p, int) else len(p) for p in self.canvas_template)
-        if self.choices is not None:
-            return 1 + max(map(len, self.choices))
-        return None
+        return 1 + max(map(len, self.choices or ()))
 
 
-def split_given_text(fields: Mapping[str, Any]) -> tuple[GivenText, dict[str, Any]]:
-    """The given text among a request's fields, and the other fields.
+GIVEN = frozenset(options.names(GivenText))
+"""Names of the fields."""
+
+
+def split_given_text(fields: Mapping[str, Any]) -> tuple[GivenText | None, dict[str, Any]]:
+    """The given text among a request's fields, if there is any, and the other fields.
 
     Raises:
         ValueError: for an invalid value, by name.
     """
-    own = options.names(GivenText)
-    given = {k: v for k, v in fields.items() if k in own and v is not None}
-    return options.build(GivenText, given), {k: v for k, v in fields.items() if k not in own}
+    given = {k: v for k, v in fields.items() if k in GIVEN and v is not None}
+    others = {k: v for k, v in fields.items() if k not in GIVEN}
+    return options.build(GivenText, given) if given else None, others
+
+
+# Standard fields that mean nothing where the answers are given -> what asks for nothing.
+_NEUTRAL_FOR_CHOICES: dict[str, Any] = {
+    "logprobs": None,
+    "min_tokens": 0,
+    "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": (),
+}
+
+
+def check_choices(
+    given: GivenText, infill: int, sampling: SamplingFields, mask_token_id: int
+) -> None:
+    """Refuse what means nothing beside answers.
+
+    Args:
+        given: encoded, with answers.
+        infill: masks of the prompt that the request wants written.
+        sampling: its standard fields.
+        mask_token_id: which may stand in no answer.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, neutral in _NEUTRAL_FOR_CHOICES.items():
+        value = getattr(sampling, name)
+        if value != neutral and not (neutral is not None and not value):
+            raise ValueError(
+                f"{name}: expected none beside choices, got {shown(value)}; remove one of them"
+            )
+    if infill or any(mask_token_id in answer for answer in given.answers() or []):
+        raise ValueError(
+            "choices: expected no masks in the prompt and the answers, got some; remove them"
+        )
 
 
 def _encoded(name: str, piece: Any, encode: Encode | None, vocab_size: int) -> Any:

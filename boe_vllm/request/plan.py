@@ -71,11 +71,12 @@ def plan_canvas(
     """
     frame, given = config.frame, config.given_text
     room = max_model_len - prompt_len
-    wanted = frame.gen_length or given.length or max_tokens
-    source = "gen_length" if frame.gen_length else given.source or "max_tokens"
-    if wanted < (given.length or 0):
+    length, source = (given.length, given.source) if given else (max_tokens, "max_tokens")
+    wanted = frame.gen_length or length
+    source = "gen_length" if frame.gen_length else source
+    if given and wanted < length:
         raise ValueError(
-            f"gen_length: expected at least the {given.length} tokens of canvas_template, got "
+            f"gen_length: expected at least the {length} tokens of canvas_template, got "
             f"{wanted}; raise or remove it"
         )
     if wanted > room:

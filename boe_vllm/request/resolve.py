@@ -16,6 +16,7 @@ import numpy as np
 from boe_vllm.base.options import shown
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.facts import ModelFacts
+from boe_vllm.request.given_text import check_choices
 from boe_vllm.request.grammar import Grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
 from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
@@ -50,6 +51,12 @@ class SamplingFields:
     grammar: Grammar | None = None
     """What the output must be."""
 
+    def constrains(self, vocab_size: int) -> bool:
+        """Whether anything is said of tokens that may be written or drawn."""
+        listed = self.allowed_token_ids is not None or self.bad_words or self.logit_bias
+        filtered = 0 < self.top_k < vocab_size or self.top_p < 1 or self.min_p > 0
+        return bool(listed or filtered or self.min_tokens > 0 or self.grammar is not None)
+
 
 def resolve(
     fields: Mapping[str, Any],
@@ -77,8 +84,9 @@ def resolve(
     """
     _check_prompt(prompt, model)
     config = parse_sampler_config(fields, base=server.config)
-    given = config.given_text.encoded(model.encode, model.vocab_size)
-    config = dataclasses.replace(config, given_text=given)
+    if config.given_text is not None:
+        given = config.given_text.encoded(model.encode, model.vocab_size)
+        config = dataclasses.replace(config, given_text=given)
     plan = plan_canvas(
         config,
         prompt_len=len(prompt),
@@ -88,9 +96,7 @@ def resolve(
     server.limits.check("gen_length", plan.gen_length)
     server.limits.check("trace", plan.gen_length * config.frame.trace)
     infill = _masks_to_write(prompt, config, server.limits, model)
-    if given.choices is not None:
-        _check_choices(config, infill, sampling, model.mask_token_id)
-    texts = given.places_of_text(model.mask_token_id)  # the template is known to fit
+    texts = _places_of_text(config, infill, sampling, model)
     text_end = texts[-1] + 1 if texts else 0
     max_tokens = _max_tokens(config, plan, sampling, own=fields.get("gen_length") is not None)
     request = ResolvedRequest(
@@ -111,6 +117,18 @@ def resolve(
     if sampling.grammar is None:
         return request
     return under_grammar(sampling.grammar, request, model, server.limits.grammar_timeout_s)
+
+
+def _places_of_text(
+    config: SamplerConfig, infill: int, sampling: SamplingFields, model: ModelFacts
+) -> list[int]:
+    """Positions of the canvas that hold text of its template, which is known to fit."""
+    given = config.given_text
+    if given is None:
+        return []
+    if given.choices is not None:
+        check_choices(given, infill, sampling, model.mask_token_id)
+    return given.places_of_text(model.mask_token_id)
 
 
 def _masks_to_write(
@@ -152,7 +170,7 @@ def _max_tokens(
         ValueError: when `min_tokens` asks for more, which vLLM checks again in another process.
     """
     most = sampling.max_tokens
-    if own or config.given_text.source is not None:
+    if own or config.given_text is not None:
         most = plan.gen_length
     elif config.frame.gen_length is not None:
         most = min(most, plan.gen_length)
@@ -201,30 +219,6 @@ def _most_due(config: SamplerConfig, plan: CanvasPlan, masks: int) -> int:
     return most_tokens_due(config.frame.schedule, masks=masks, steps=plan.steps_for(masks))
 
 
-# Standard fields that mean nothing where the answers are given -> what asks for nothing.
-_NEUTRAL_FOR_CHOICES: dict[str, Any] = {
-    "logprobs": None,
-    "min_tokens": 0,
-    "logit_bias": {},
-    "allowed_token_ids": None,
-    "bad_words": (),
-}
-
-
-def _check_choices(config: SamplerConfig, infill: int, sampling: SamplingFields, mask: int) -> None:
-    for name, neutral in _NEUTRAL_FOR_CHOICES.items():
-        value = getattr(sampling, name)
-        if value != neutral and not (neutral is not None and not value):
-            raise ValueError(
-                f"{name}: expected none beside choices, got {shown(value)}; remove one of them"
-            )
-    answers = config.given_text.answers() or []
-    if infill or any(mask in answer for answer in answers):
-        raise ValueError(
-            "choices: expected no masks in the prompt and the answers, got some; remove them"
-        )
-
-
 def _check_tokens(name: str, tokens: Collection[int], vocab_size: int, remedy: str) -> None:
     wrong = [token for token in tokens if not 0 <= token < vocab_size]
     if wrong:
@@ -253,8 +247,8 @@ def _top_logprobs(logprobs: int | None, vocab_size: int) -> int:
 
 def _constraints(
     config: SamplerConfig, sampling: SamplingFields, text_end: int, model: ModelFacts
-) -> TokenConstraints:
-    """What the request says about every token.
+) -> TokenConstraints | None:
+    """What the request says about every token; None if it says nothing.
 
     What ends a request may not be written before the end of its template's last text.
 
@@ -262,6 +256,8 @@ def _constraints(
         ValueError: when tokens do not exist, or none is left to be written.
     """
     bias, allowed, size = sampling.logit_bias, sampling.allowed_token_ids, model.vocab_size
+    if not (sampling.constrains(size) or text_end):
+        return None
     words = [tuple(word) for word in sampling.bad_words]
     _check_tokens("logit_bias", bias, size, "correct it")
     _check_tokens("allowed_token_ids", allowed or (), size, "correct it")

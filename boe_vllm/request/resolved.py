@@ -38,8 +38,8 @@ class ResolvedRequest:
     """Whether log-probabilities are reported at all."""
     top_logprobs: int = 0
     """Log-probabilities to report per token, beside its own."""
-    constraints: TokenConstraints = dataclasses.field(default_factory=TokenConstraints)
-    """What may be written at every position."""
+    constraints: TokenConstraints | None = None
+    """What may be written at every position; None for anything."""
     prompt_len: int = 0
     """Tokens of the prompt."""
     max_tokens: int = 0
@@ -56,16 +56,25 @@ class ResolvedRequest:
         """Most likely tokens that a pass must report per row; 0 if no log-probabilities are."""
         return self.logprobs * max(1, self.top_logprobs)
 
+    @property
+    def constrained(self) -> bool:
+        """Whether something may not be written, or not everywhere, but the mask token."""
+        frame = self.config.frame
+        special = frame.logits_eos_inf or frame.confidence_eos_eot_inf
+        return self.constraints is not None or special
+
     def policy(self, eos_token_id: int) -> Policy:
         """What decodes the request.
 
         Args:
             eos_token_id: what stands behind a chosen answer.
         """
-        answers = self.config.given_text.answers()
+        given = self.config.given_text
+        answers = None if given is None else given.answers()
         if answers is not None:
             # The filters of the request's samples restrict the draw among the answers.
-            return ChoicesPolicy(answers, eos_token_id, self.constraints.everywhere)
+            rule = (self.constraints or TokenConstraints()).everywhere
+            return ChoicesPolicy(answers, eos_token_id, rule)
         return load_policy(self.config.policy)(self.config.settings)
 
     def to_wire(self) -> dict[str, Any]:
@@ -73,19 +82,19 @@ class ResolvedRequest:
         wire = {name: getattr(self, name) for name in _PLAIN}
         wire["policy"] = self.config.policy
         for name in (*_CONFIGS, "settings"):
-            wire[name] = dataclasses.asdict(getattr(self.config, name))
+            part = getattr(self.config, name)
+            wire[name] = None if part is None else dataclasses.asdict(part)
         wire["plan"] = dataclasses.asdict(self.plan)
-        constraints, grammar = self.constraints, self.constraints.grammar
-        plain = dataclasses.replace(constraints, grammar=None)
-        wire["constraints"] = _to_plain(dataclasses.asdict(plain))
-        wire["grammar"] = None if grammar is None else grammar.to_text()
+        constraints = self.constraints
+        wire["constraints"] = None if constraints is None else _constraints_to_wire(constraints)
         return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> ResolvedRequest:
         """Read what `to_wire` wrote."""
         configs: dict[str, Any] = {
-            name: options.restore(kind, wire[name]) for name, kind in _CONFIGS.items()
+            name: None if wire[name] is None else options.restore(kind, wire[name])
+            for name, kind in _CONFIGS.items()
         }
         settings_class = _settings_class(wire["policy"])
         return cls(
@@ -95,7 +104,7 @@ class ResolvedRequest:
                 settings=options.restore(settings_class, wire["settings"]),
             ),
             plan=CanvasPlan(**wire["plan"]),
-            constraints=_constraints(wire["constraints"], wire["grammar"]),
+            constraints=_constraints_from_wire(wire["constraints"]),
             **{name: wire[name] for name in _PLAIN},
         )
 
@@ -124,8 +133,16 @@ def _to_plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _constraints(wire: Mapping[str, Any], grammar: str | None) -> TokenConstraints:
-    everywhere = dict(wire["everywhere"])
+def _constraints_to_wire(constraints: TokenConstraints) -> dict[str, Any]:
+    plain = dataclasses.asdict(dataclasses.replace(constraints, grammar=None))
+    grammar = constraints.grammar
+    return _to_plain(plain) | {"grammar": None if grammar is None else grammar.to_text()}
+
+
+def _constraints_from_wire(wire: Mapping[str, Any] | None) -> TokenConstraints | None:
+    if wire is None:
+        return None
+    grammar, everywhere = wire["grammar"], dict(wire["everywhere"])
     for name, value in everywhere.items():
         if name.endswith("_token_ids") and value is not None:
             everywhere[name] = np.array(value, np.int64)

@@ -57,7 +57,9 @@ def under_grammar(
         ValueError: if no way does; for a canvas that is too short, with the least length.
     """
     given, constraints = request.config.given_text, request.constraints
-    for name, beside in (("choices", given.choices), ("bad_words", constraints.bad_words)):
+    assert constraints is not None
+    choices = given.choices if given else None
+    for name, beside in (("choices", choices), ("bad_words", constraints.bad_words)):
         if beside:
             raise ValueError(
                 f"{name}: expected none beside a grammar (words of one token may be), got "
@@ -109,13 +111,14 @@ def _in_any_order(
     automaton: TokenAutomaton, request: ResolvedRequest, model: ModelFacts
 ) -> ResolvedRequest:
     given, constraints = request.config.given_text, request.constraints
+    assert constraints is not None
     automaton = automaton.without(_never(request, model))
     _check_length(automaton.least(), request, "that the grammar allows")
     constraints = dataclasses.replace(constraints, grammar=automaton)
     canvas = grammar_on_canvas(constraints, request.plan.gen_length, request.max_tokens)
     template = np.full(request.plan.gen_length, model.mask_token_id)
-    text = given.template(model.mask_token_id) or []
-    template[: len(text)] = text
+    text = given.template(model.mask_token_id) if given else None
+    template[: len(text or [])] = text or []
     canvas.update(template, template == model.mask_token_id)
     if not canvas.possible:
         raise refused(
@@ -128,14 +131,16 @@ def _in_any_order(
 
 def _from_left_to_right(text: str, request: ResolvedRequest, model: ModelFacts) -> ResolvedRequest:
     _check_alone(request)
-    end = first_end(text, request.constraints.everywhere, model)
+    constraints = request.constraints
+    assert constraints is not None
+    end = first_end(text, constraints.everywhere, model)
     if end is None:
         raise refused(
             f"a grammar of which some text of at most {model.max_model_len} tokens can be found, "
             f"got one where none was; make it simpler, or loosen allowed_token_ids and bad_words"
         )
     _check_length(len(end), request, "that was found")
-    constraints = dataclasses.replace(request.constraints, prefix_grammar=text, prefix_end=end)
+    constraints = dataclasses.replace(constraints, prefix_grammar=text, prefix_end=end)
     return dataclasses.replace(request, constraints=constraints)
 
 
@@ -162,9 +167,10 @@ def _first_end(parser: GrammarParser, text: str, most: int, never: bytes) -> tup
 
 def _check_alone(request: ResolvedRequest) -> None:
     """Refuse what says something about positions that nothing is known of yet."""
+    given, constraints = request.config.given_text, request.constraints
     beside = {
-        "canvas_template": request.config.given_text.canvas_template,
-        "min_tokens": request.constraints.min_tokens,
+        "canvas_template": given.canvas_template if given else None,
+        "min_tokens": constraints.min_tokens if constraints else 0,
         "logits_eos_inf": request.config.frame.logits_eos_inf,
     }
     for name, value in beside.items():
@@ -185,6 +191,7 @@ def _check_length(least: int | None, request: ResolvedRequest, which: str) -> No
 
 def _never(request: ResolvedRequest, model: ModelFacts) -> BoolArray:
     """[V] tokens that may stand nowhere."""
+    assert request.constraints is not None
     never = ~request.constraints.everywhere.permitted(model.vocab_size)
     never[model.mask_token_id] = True
     if request.config.frame.logits_eos_inf:

@@ -217,10 +217,9 @@ class ConstraintTable:
     A pass packs rows of many requests, so each row names its constraint by number.
     """
 
-    def __init__(self, constraints: Sequence[Constraint] = ()) -> None:
-        """A table that holds some constraints already, numbered from 1 in their order."""
-        self.constraints = list(constraints)  # which keeps them alive, and their ids their own
-        self._numbers = {id(constraint): n for n, constraint in enumerate(constraints, 1)}
+    def __init__(self) -> None:
+        self.constraints: list[Constraint] = []  # which keeps them alive, and their ids their own
+        self._numbers: dict[int, int] = {}
 
     def numbers(self, constraints: Sequence[Constraint] | None, count: int) -> IntArray:
         """[count] the numbers of some rows' constraints; all 0 for None."""

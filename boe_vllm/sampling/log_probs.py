@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from boe_vllm.base.arrays import BoolArray, IntArray
+from boe_vllm.base.arrays import IntArray
 from boe_vllm.base.transfer import Arrival, Transfer
 from boe_vllm.models.functional import Scratch, accurate
-from boe_vllm.sampling.constraints import NEVER, ConstrainedRows, Constraint, ConstraintTable
+from boe_vllm.sampling.constraints import NEVER, ConstrainedRows, ConstraintTable
 from boe_vllm.sampling.distributions import Summary, VocabularyMemory, normalise_
 
 Tensor = torch.Tensor
@@ -54,8 +54,7 @@ class LogProbabilities:
         hidden_RD: Tensor,
         *,
         mask_token_id: int,
-        eos_token_id: int,
-        constraint_R: BoolArray | IntArray,
+        constraint_R: IntArray,
         table: ConstraintTable | None = None,
         score_grid: float | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
@@ -67,9 +66,8 @@ class LogProbabilities:
             model: knows the vocabulary.
             hidden_RD: [R, D] final normalised hidden states.
             mask_token_id: never proposed.
-            eos_token_id: of EOS.
             constraint_R: [R] each row's constraint: 0 for none, n for the n-th of the table.
-            table: the pass's constraints, which may still grow; None for one that bans EOS.
+            table: the pass's constraints, which may still grow; None if nothing is constrained.
             score_grid: statistics are rounded to multiples of this; None leaves them as they are.
             budget_bytes: largest temporary.
             memory: for one pass at a time; its own by default.
@@ -78,11 +76,8 @@ class LogProbabilities:
         self.model = model
         self.hidden_RD = hidden_RD
         self.mask_token_id = mask_token_id
-        self.eos_token_id = eos_token_id
-        self.constraint_R = constraint_R.astype(np.int64)
-        self.table = table or ConstraintTable(
-            [Constraint(banned_token_ids=np.array([eos_token_id]))]
-        )
+        self.constraint_R = constraint_R
+        self.table = table
         self.score_grid = score_grid
         item = 8 if hidden_RD.dtype == torch.float64 else 4
         # A tile and its probabilities exist at the same time, hence a quarter for each tile.
@@ -91,13 +86,12 @@ class LogProbabilities:
         self.keeps = len(hidden_RD) * model.vocab_size * item <= budget_bytes // 2
         self._saved_rows: Tensor | None = None
 
-    def of(self, hidden_RD: Tensor, constraint_R: BoolArray | IntArray) -> LogProbabilities:
+    def of(self, hidden_RD: Tensor, constraint_R: IntArray) -> LogProbabilities:
         """The same table for the hidden states of another pass."""
         return LogProbabilities(
             self.model,
             hidden_RD,
             mask_token_id=self.mask_token_id,
-            eos_token_id=self.eos_token_id,
             constraint_R=constraint_R,
             table=self.table,
             score_grid=self.score_grid,
@@ -132,7 +126,7 @@ class LogProbabilities:
         scratch = self.memory.log_probs if len(self.hidden_RD) <= self.tile_rows else None
         spans, kept = self.spans(len(self.hidden_RD)), []
         transfer = transfer or Transfer(self.device)
-        edits = [self.table.edits(self.constraint_R[rows], transfer) for rows in spans]
+        edits = [self._edits(self.constraint_R[rows], transfer) for rows in spans]
         for rows, edit in zip(spans, edits, strict=True):
             tile, summary = self._compute(self.hidden_RD[rows], edit, scratch)
             if keep:
@@ -156,7 +150,7 @@ class LogProbabilities:
         edits = []
         if self._saved_rows is None:
             numbers = self.constraint_R[index_N]
-            edits = [self.table.edits(numbers[places], transfer) for places in spans]
+            edits = [self._edits(numbers[places], transfer) for places in spans]
         for n, places in enumerate(spans):
             arrival = chosen[n]
             index = arrival.tensor if isinstance(arrival, Arrival) else arrival
@@ -178,6 +172,9 @@ class LogProbabilities:
             TokenLikelihood(token, value, int(rank))
             for token, (value, rank) in zip(tokens_N.tolist(), host, strict=True)
         ]
+
+    def _edits(self, constraint_N: IntArray, transfer: Transfer) -> list[ConstrainedRows]:
+        return [] if self.table is None else self.table.edits(constraint_N, transfer)
 
     def _compute(
         self, hidden_rD: Tensor, edits: Sequence[ConstrainedRows], scratch: Scratch | None = None

@@ -39,7 +39,7 @@ class RowWrites:
     temperature: FloatArray
     """[R] 0 takes the argmax, otherwise a sample from softmax(logits / temperature)."""
     uniform: FloatArray
-    """[R] the random number in (0, 1) behind the sample."""
+    """[R] the random number in (0, 1) behind the sample; NaN where none is drawn."""
     top_logprobs: int = 0
     """Most likely tokens to report per row."""
 
@@ -86,8 +86,11 @@ def read_statistics(
     transfer = Transfer(log_probs.device)
     spans = log_probs.spans(len(log_probs.hidden_RD))
     draws = [_Draws(writes, rows, log_probs, transfer) for rows in spans]
-    numbers = log_probs.constraint_R
-    discounts = [log_probs.table.discounts(numbers[rows], transfer) for rows in spans]
+    numbers, constraints = log_probs.constraint_R, log_probs.table
+    discounts = [
+        [] if constraints is None else constraints.discounts(numbers[rows], transfer)
+        for rows in spans
+    ]
     columns = []
     summaries = log_probs.summaries(keep, transfer)
     for draw, discounted, (_, logp, found) in zip(draws, discounts, summaries, strict=True):
@@ -143,8 +146,8 @@ class _Draws:
         self.rows = transfer.add(sampled)
         self.temperature = transfer.add(temperature[sampled])
         self.uniform = transfer.add(writes.uniform[tile][sampled])
-        numbers = log_probs.constraint_R[tile][sampled]
-        self.filters = log_probs.table.filters(numbers, transfer)
+        numbers, table = log_probs.constraint_R[tile][sampled], log_probs.table
+        self.filters = [] if table is None else table.filters(numbers, transfer)
 
     def propose(self, logp_rV: Tensor, argmax_r: Tensor) -> Tensor:
         """[r] argmax, or a sample by inversion of the tempered distribution where temperature > 0.

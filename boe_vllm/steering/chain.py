@@ -48,7 +48,7 @@ class Conditional(Query[Conditioned]):
     temperature: float
     """How new proposals are drawn, as in the step itself."""
     uniform: FloatArray
-    """[q] the random numbers behind them."""
+    """[q] the random numbers behind them; NaN at temperature 0."""
 
     @classmethod
     def solve(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
@@ -68,7 +69,7 @@ class NextStep:
     """Seed of the request."""
     step: int
     """Number of the next step in the request's random numbers."""
-    constraints: CanvasConstraints
+    constraints: CanvasConstraints | None
     """What the request lets be written, whatever its tokens are by then."""
     top_logprobs: int = 0
     """Most likely tokens that the request reports for each position."""
@@ -104,8 +105,9 @@ class DenoisingPass:
     """Guided sequence that has a place -> place of its unconditional copy."""
     pool: KeyValuePool | None = None
     """Where a further pass finds the stored keys and values of its sequences."""
-    table: ConstraintTable = dataclasses.field(default_factory=ConstraintTable)
-    """The pass's constraints by number, as `log_probs` knows them; it may still grow."""
+    table: ConstraintTable | None = None
+    """The pass's constraints by number, as `log_probs` knows them, which may still grow; None if no
+    sequence has any."""
     row_budget: int = DEFAULT_ROW_BUDGET
     """Most rows of one look-ahead pass."""
     clock: Clock = dataclasses.field(default_factory=Clock)
@@ -169,8 +171,10 @@ class DenoisingPass:
             tokens: [L] token ids of the sequence, as they are or as they are supposed.
             positions: [N] masked positions.
         """
-        masked = tokens == self.log_probs.mask_token_id
         constraints = self.next_steps[sequence].constraints
+        if self.table is None or constraints is None:
+            return np.zeros(len(positions), np.int64)
+        masked = tokens == self.log_probs.mask_token_id
         return self.table.numbers(constraints.at(tokens, masked, positions), len(positions))
 
 

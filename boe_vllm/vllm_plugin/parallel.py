@@ -56,10 +56,11 @@ class _Output(_Loaded, RowParallelLinear):
 
 
 class _Vocabulary(_Loaded):
-    @property
-    def first_row(self) -> int:
-        """The token of this rank's first row."""
-        return self.shard_indices.org_vocab_start_index  # type: ignore[attr-defined]
+    shard_indices: Any
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__(tokens, width)  # type: ignore[call-arg]
+        self.first_row: int = self.shard_indices.org_vocab_start_index
 
 
 class _Embedding(_Vocabulary, VocabParallelEmbedding):
@@ -101,15 +102,11 @@ class ParallelLayers(Layers):
         return head if tied_to is None else head.tie_weights(tied_to)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """An all-reduce, if there is more than one rank."""
-        if get_tensor_model_parallel_world_size() == 1:
-            return x
+        """An all-reduce."""
         return tensor_model_parallel_all_reduce(x)
 
     def gather_columns(self, x_NE: Tensor) -> Tensor:
-        """An all-gather, if there is more than one rank."""
-        if get_tensor_model_parallel_world_size() == 1:
-            return x_NE
+        """An all-gather."""
         return tensor_model_parallel_all_gather(x_NE)
 
 

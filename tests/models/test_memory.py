@@ -104,8 +104,7 @@ def test_no_row_by_vocabulary_tensor_outgrows_the_budget():
             model,
             hidden,
             mask_token_id=508,
-            eos_token_id=27,
-            constraint_R=np.zeros(80, bool),
+            constraint_R=np.zeros(80, np.int64),
             budget_bytes=budget,
         )
         writes = RowWrites(temperature=np.ones(80), uniform=np.full(80, 0.3), top_logprobs=2)

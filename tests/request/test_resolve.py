@@ -144,7 +144,7 @@ def test_a_tokenizer_may_know_more_tokens_than_the_network():
         resolved({"canvas_template": ["a", 2]}, facts=facts)
     with pytest.raises(ValueError, match="bad_words: expected token ids from 0 to 49, got 97"):
         resolved(bad_words=[[97]])
-    assert resolved(stop_token_ids=[97, EOS]).constraints.stop_token_ids == (EOS,)
+    assert resolved(min_tokens=1, stop_token_ids=[97, EOS]).constraints.stop_token_ids == (EOS,)
 
 
 def test_a_prompt_that_leaves_no_room_is_named():

@@ -54,8 +54,7 @@ def make_pass(model, keep, *, budget_bytes=2**28, sizes=LENS, seed=3):
         model,
         hidden,
         mask_token_id=model.config.mask_token_id,
-        eos_token_id=model.config.eos_token_id,
-        constraint_R=np.zeros(rows, bool),
+        constraint_R=np.zeros(rows, np.int64),
         table=table,
         budget_bytes=budget_bytes,
     )
