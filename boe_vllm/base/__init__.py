@@ -1,1 +1,1 @@
-"""What every room uses: arrays, validated settings, clocks."""
+"""What every room uses: arrays, validated settings, the way to the device."""

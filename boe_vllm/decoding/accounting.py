@@ -1,4 +1,5 @@
-"""What requests cost, how each of their positions was committed, and what engine steps did.
+"""What requests cost, how each of their positions was committed, and what engine steps did, and
+how long it took.
 
 Counters are whole numbers by key, since they travel from the worker to the server among vLLM's own
 statistics: seconds as microseconds, entropies as hundredths of a nat.
@@ -6,9 +7,11 @@ statistics: seconds as microseconds, entropies as hundredths of a nat.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -182,6 +185,42 @@ def infilled_runs(tokens: IntArray, given: BoolArray, masked: BoolArray) -> list
         for run in runs
         if not masked[run].any()
     ]
+
+
+class Clock:
+    """Seconds of engine steps by part since the last reading, as a process sees them: each moment
+    counts for one part only, since an inner part interrupts the outer one.
+
+    On a device that works asynchronously, a part lasts until the host has its numbers.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside for `name`."""
+        self._pass()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._pass()
+            self._open.pop()
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far, which start again from 0."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def _pass(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
 
 
 class Counters:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from boe_vllm.base.clock import Clock
-from boe_vllm.decoding.accounting import PREFIX, Counters, TokenLogprobs, total_costs
+from boe_vllm.decoding.accounting import PREFIX, Clock, Counters, TokenLogprobs, total_costs
 from boe_vllm.decoding.batch import StepBatch, pack_step
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import Errors, decide, unproposed, views_of
@@ -27,8 +26,12 @@ from boe_vllm.models.functional import Scratch
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit, View
 from boe_vllm.request.resolved import ResolvedRequest
-from boe_vllm.sampling.distributions import VocabularyMemory
-from boe_vllm.sampling.log_probs import DEFAULT_BUDGET_BYTES, LogProbabilities, TokenLikelihood
+from boe_vllm.sampling.log_probs import (
+    DEFAULT_BUDGET_BYTES,
+    LogProbabilities,
+    TokenLikelihood,
+    VocabularyMemory,
+)
 from boe_vllm.sampling.prefix import PrefixMatchers
 from boe_vllm.sampling.statistics import RowStatistics, read_statistics
 from boe_vllm.steering.guidance import guided

@@ -112,7 +112,7 @@ def decide(
             except Exception as error:
                 errors.blame(n, canvases[n], error)
         replies = {}
-        with current.clock.part("queries"):
+        with current.timed("queries"):
             results = _answers(canvases, current, queries, errors)
         for n, result in results.items():
             canvases[n].account.charge(result)

@@ -22,10 +22,9 @@ from boe_vllm.attention import attention_forward
 from boe_vllm.attention.api import resolve
 from boe_vllm.models import weights
 from boe_vllm.models.block import Block
-from boe_vllm.models.functional import Scratch, rotary_tables
+from boe_vllm.models.functional import Scratch, norm_of, rotary_tables
 from boe_vllm.models.layers import Layers, Vocabulary
 from boe_vllm.models.names import CheckpointConfig
-from boe_vllm.models.norms import norm_of
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedLayer, SavedPass

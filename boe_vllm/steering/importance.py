@@ -19,7 +19,7 @@ from boe_vllm.base.transfer import Arrival, Transfer, to_device
 from boe_vllm.models.functional import accurate
 from boe_vllm.models.rows import SequenceRows, pack
 from boe_vllm.models.saved import SavedPass
-from boe_vllm.sampling.distributions import entropy_gradient
+from boe_vllm.sampling.log_probs import entropy_gradient
 from boe_vllm.steering.guidance import (
     PairMember,
     guided,
@@ -265,7 +265,7 @@ def _backward(
     observe: Responses | None = None,
 ) -> Tensor:
     """[A, D] gradient of the summed entropies at the saved rows' embeddings."""
-    with current.clock.part("backward"):
+    with current.timed("backward"):
         dhidden = _objective_gradient(current, members, named)
         active = None if named.active is None else named.active.tensor
         return current.model.backward(dhidden, saved, active, observe=observe)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Self, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
 from boe_vllm.base.arrays import IntArray
-from boe_vllm.base.clock import Clock
 from boe_vllm.models.cache import CachePlan, KeyValuePool
 from boe_vllm.models.contract import DenoisingNetwork
 from boe_vllm.models.rows import RowLayout, SequenceRows
@@ -57,6 +58,14 @@ class Query(Generic[T]):
             queries: pairs of a sequence of the pass and its query.
         """
         raise NotImplementedError(f"{cls.__name__}: expected a classmethod 'solve', found none")
+
+
+class PartClock(Protocol):
+    """Measures where a step's time goes."""
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Count the time inside for `name`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +119,17 @@ class DenoisingPass:
     sequence has any."""
     row_budget: int = DEFAULT_ROW_BUDGET
     """Most rows of one look-ahead pass."""
-    clock: Clock = dataclasses.field(default_factory=Clock)
-    """Counts the time of the step's parts."""
+    clock: PartClock | None = None
+    """Counts the time of the step's parts, if somebody wants to know."""
 
     @property
     def device(self) -> torch.device:
         """Where the pass ran."""
         return self.layout.device
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Counts the time inside for a part of the step."""
+        return contextlib.nullcontext() if self.clock is None else self.clock.part(part)
 
     def place(self, sequence: int) -> Place:
         """Where the rows of a sequence lie in the layout.

@@ -1,9 +1,9 @@
 """The few vLLM callables that this plugin wraps.
 
-vLLM has no extension point for five things: engine arguments of our own, the dtype of a float32
+vLLM has no extension point for six things: engine arguments of our own, the dtype of a float32
 checkpoint, a request's check against its prompt, refusing a bad streaming request before the
-stream has begun, and refusing beam search. Each wrapper here adds one of them and otherwise passes
-everything through; `http_server` has those of the server. `patches/` holds most of it as diffs of
+stream has begun, refusing beam search, and a report for each of a request's samples. Each wrapper
+here adds one of them and otherwise passes everything through; `http_server` has those of the server. `patches/` holds most of it as diffs of
 vLLM itself. A callable that is not what we expect raises, with vLLM's version.
 """
 
@@ -36,6 +36,7 @@ def install() -> None:
     """Wrap what is imported already now, and the rest as soon as it is. Safe to call again."""
     when_imported("vllm.engine.arg_utils", _wrap_engine_args)
     when_imported("vllm.v1.engine.input_processor", _wrap_input_processor)
+    when_imported("vllm.v1.engine.output_processor", _wrap_output_processor)
     when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
 
 
@@ -101,6 +102,12 @@ def _wrap_input_processor(module: ModuleType) -> None:
         return
     expected = {"request_id", "prompt", "params", "resumable"}
     wrap(module.InputProcessor, "process_inputs", expected, _process_inputs)
+
+
+def _wrap_output_processor(module: ModuleType) -> None:
+    versions.check()
+    expected = {"self", "finish_reason", "kv_transfer_params"}
+    wrap(module.RequestState, "make_request_output", expected, _make_request_output)
 
 
 def _wrap_async_llm(module: ModuleType) -> None:
@@ -234,6 +241,29 @@ def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, params)
 
     return resolve_watermarking
+
+
+def _make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_request_output(
+        self: Any,
+        tokens: Any,
+        pooled: Any,
+        finish: Any,
+        stop: Any,
+        kv_transfer_params: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        from boe_vllm.vllm_plugin import sample_reports
+
+        watched = hasattr(self, sample_reports.CANVASES)
+        watched = watched or sample_reports.CANVAS_KEY in (kv_transfer_params or ())
+        if watched or self.parent_req is not None:
+            kv_transfer_params = sample_reports.joined(self, kv_transfer_params)
+        given = (tokens, pooled, finish, stop, kv_transfer_params)
+        return original(self, *given, *args, **kwargs)
+
+    return make_request_output
 
 
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,20 +34,12 @@ _GRAMMARS = {
 
 def install() -> None:
     """Wrap what is imported already now, and the rest as soon as it is. Safe to call again."""
-    when_imported("vllm.v1.engine.output_processor", _wrap_output_processor)
     when_imported("vllm.v1.engine.async_llm", _wrap_async_llm)
     when_imported(f"{_OPENAI}.completion.serving", _wrap_completions)
     when_imported(f"{_OPENAI}.chat_completion.serving", _wrap_chat)
     when_imported(f"{_OPENAI}.responses.serving", _wrap_responses)
     when_imported("vllm.entrypoints.llm", _wrap_offline)
     when_imported(_ENTRY, _wrap_entry)
-
-
-def _wrap_output_processor(module: ModuleType) -> None:
-    from boe_vllm.vllm_plugin import sample_reports
-
-    versions.check()
-    sample_reports.wrap_output_processor(module)
 
 
 def _wrap_async_llm(module: ModuleType) -> None:
@@ -143,8 +135,8 @@ async def _compile_grammar(vllm_config: Any, request: Any) -> None:
 def _compile(params: Any, vllm_config: Any) -> None:
     from boe_vllm.request.under_grammar import first_end, made
     from boe_vllm.sampling.constraints import Constraint
+    from boe_vllm.vllm_plugin.admission import model_facts, server_settings
     from boe_vllm.vllm_plugin.grammars import grammar_of
-    from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
 
     server, grammar = server_settings(vllm_config), grammar_of(params.structured_outputs)
     order = (params.extra_args or {}).get("grammar_order", server.config.frame.grammar_order)

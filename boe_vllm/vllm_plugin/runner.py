@@ -5,22 +5,24 @@ Everything that decides a token is in `decoding.loop`; this module translates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
+from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import DenoisingLoop, StepResult
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.limits import EngineSettings
 from boe_vllm.sampling.prefix import PrefixMatchers
-from boe_vllm.vllm_plugin.admission import read_resolved
-from boe_vllm.vllm_plugin.output import to_output
-from boe_vllm.vllm_plugin.server_facts import model_facts, server_settings
+from boe_vllm.vllm_plugin.admission import model_facts, read_resolved, server_settings
+from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
 from boe_vllm.vllm_plugin.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -205,6 +207,56 @@ class DiffusionModelRunner:
         """Let go of the canvases and of the network."""
         for name in ("loop", "model"):
             self.__dict__.pop(name, None)
+
+
+def to_output(
+    req_ids: Sequence[str], results: dict[str, StepResult], errors: dict[str, str]
+) -> DiffusionModelRunnerOutput:
+    """What vLLM's scheduler reads, for the scheduled requests in their order.
+
+    Args:
+        req_ids: the scheduled requests.
+        results: of the denoising step, by request.
+        errors: of requests that did not take part in it.
+    """
+    errors = errors | {r: result.error for r, result in results.items() if result.error}
+    tokens = [list(results[r].tokens) if r in results else [] for r in req_ids]
+    return DiffusionModelRunnerOutput(
+        req_ids=list(req_ids),
+        req_id_to_index={req_id: index for index, req_id in enumerate(req_ids)},
+        sampled_token_ids=tokens,
+        logprobs=to_logprobs([results[r].logprobs if r in results else None for r in req_ids]),
+        reports={r: result.report for r, result in results.items() if result.report is not None},
+        errors=errors,
+        snapshots={r: result.snapshot for r, result in results.items() if result.snapshot},
+        done={r for r, result in results.items() if result.done and r not in errors},
+    )
+
+
+def to_logprobs(requests: Sequence[list[TokenLogprobs] | None]) -> LogprobsLists | None:
+    """The log-probabilities of all requests' new tokens, one row each, as vLLM slices them.
+
+    Rows are as wide as the widest; vLLM cuts each to what its request asked for.
+
+    Args:
+        requests: for each scheduled request, one entry per new token; None if it did not ask.
+    """
+    rows = [row for request in requests for row in request or ()]
+    if not rows:
+        return None
+    width = max(len(row.token_ids) for row in rows)
+    token_ids = np.zeros((len(rows), width), np.int64)
+    logprobs = np.full((len(rows), width), -np.inf, np.float32)
+    for index, row in enumerate(rows):
+        token_ids[index, : len(row.token_ids)] = row.token_ids
+        logprobs[index, : len(row.logprobs)] = row.logprobs
+    starts = np.cumsum([0] + [len(request or ()) for request in requests])
+    return LogprobsLists(
+        logprob_token_ids=token_ids,
+        logprobs=logprobs,
+        sampled_token_ranks=np.array([row.rank for row in rows], np.int64),
+        cu_num_generated_tokens=starts.tolist(),
+    )
 
 
 def check_runner(runner: object) -> None:

@@ -27,15 +27,10 @@ FIELD = "boe"
 """The field of a choice that holds its report."""
 
 Report: TypeAlias = Mapping[str, Any]
+CANVASES = "_boe_vllm_canvases"
+"""The attribute of a request's state that holds what was seen of its canvases, once there is any."""
 _OF_PARENT = "_boe_vllm_reports"
-_CANVASES = "_boe_vllm_canvases"
 _EVENT = "data: "
-
-
-def wrap_output_processor(module: ModuleType) -> None:
-    """Let the reports of a request's samples travel together."""
-    expected = {"self", "finish_reason", "kv_transfer_params"}
-    wrap(module.RequestState, "make_request_output", expected, _make_request_output)
 
 
 def wrap_completions(module: ModuleType) -> None:
@@ -69,25 +64,17 @@ def infilled(reports: Sequence[Report]) -> int:
 # ---- from the engine's outputs to a request's ----------------------------------------------------
 
 
-def _make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    def make_request_output(
-        self: Any,
-        new_token_ids: Any,
-        pooling_output: Any,
-        finish_reason: Any,
-        stop_reason: Any,
-        kv_transfer_params: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if self.parent_req is not None:
-            kv_transfer_params = _together(self.parent_req, self.request_index, kv_transfer_params)
-        owner = self if self.parent_req is None else self.parent_req
-        kv_transfer_params = _with_canvases(owner, self.request_index, kv_transfer_params)
-        given = (new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params)
-        return original(self, *given, *args, **kwargs)
+def joined(state: Any, kv_transfer_params: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An output's params with the reports, and the last canvases, of all samples of its request.
 
-    return make_request_output
+    Args:
+        state: vLLM's of the sample.
+        kv_transfer_params: of the sample's output.
+    """
+    if state.parent_req is not None:
+        kv_transfer_params = _together(state.parent_req, state.request_index, kv_transfer_params)
+    owner = state if state.parent_req is None else state.parent_req
+    return _with_canvases(owner, state.request_index, kv_transfer_params)
 
 
 def _together(parent: Any, index: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -104,7 +91,7 @@ def _together(parent: Any, index: int, params: dict[str, Any] | None) -> dict[st
 def _with_canvases(owner: Any, index: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
     """The params with the last snapshots of all samples: of outputs that a client has not taken in
     yet vLLM keeps the last one's params only."""
-    canvases: dict[int, Any] = vars(owner).setdefault(_CANVASES, {})
+    canvases: dict[int, Any] = vars(owner).setdefault(CANVASES, {})
     if params and CANVAS_KEY in params:
         canvases[index] = params[CANVAS_KEY]
     return {**(params or {}), CANVAS_KEY: dict(canvases)} if canvases else params

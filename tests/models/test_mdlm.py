@@ -139,8 +139,8 @@ def test_a_config_that_the_network_does_not_implement_is_refused(changes, messag
 
 
 def test_more_ranks_than_one_are_refused():
+    from boe_vllm.models.block import GeluMlp
     from boe_vllm.models.layers import Layers
-    from boe_vllm.models.mlp import GeluMlp
 
     layers = Layers()
     layers.ranks = 2

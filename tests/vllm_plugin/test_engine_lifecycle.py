@@ -7,7 +7,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 
 import boe_vllm
-from boe_vllm.vllm_plugin import server_facts
+from boe_vllm.vllm_plugin import admission
 from boe_vllm.vllm_plugin.warm_up import largest_request
 
 PROMPT = "47+85+13="
@@ -138,8 +138,8 @@ def test_warming_up_runs_the_largest_steps(llm):
     servers, dearest = steps
     assert servers == [("confidence", longest, longest - 1)] * (budget // longest)
     (policy,) = {name for name, _, _ in dearest}
-    server = server_facts.server_settings(config)
-    facts = server_facts.model_facts(config.model_config)
+    server = admission.server_settings(config)
+    facts = admission.model_facts(config.model_config)
     request = largest_request({"policy": policy}, server, facts, budget)
     assert policy != "confidence" and request.rows_ahead * len(dearest) >= budget
     assert {rows for _, rows, _ in dearest} == {longest}

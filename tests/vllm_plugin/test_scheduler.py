@@ -14,7 +14,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from boe_vllm.decoding.accounting import TokenLogprobs
 from boe_vllm.decoding.loop import StepResult
 from boe_vllm.vllm_plugin.admission import admit
-from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput, to_output
+from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
+from boe_vllm.vllm_plugin.runner import to_output
 from boe_vllm.vllm_plugin.scheduler import DiffusionScheduler
 
 EOS = 1

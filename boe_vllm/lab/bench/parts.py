@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from boe_vllm.lab.bench import common
-from boe_vllm.models import block, mlp
+from boe_vllm.models import block, functional
 from boe_vllm.models.decoder import Decoder
 from boe_vllm.steering import importance
 
@@ -28,8 +28,8 @@ FUNCTIONS: tuple[Watched, ...] = (
     ("  of it, product with the vocabulary", Decoder, "logits_backward"),
     ("layers backward", Decoder, "backward"),
     ("  of it, attention", block, "attention_backward"),
-    ("  of it, SwiGLU", mlp, "swiglu_backward"),
-    ("  of it, normalisation", block, "rms_norm_backward"),
+    ("  of it, SwiGLU", block, "swiglu_backward"),
+    ("  of it, normalisation", functional, "rms_norm_backward"),
 )
 """Name in the table, where the function is found, and its name there."""
 STEP = "whole step"

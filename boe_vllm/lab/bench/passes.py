@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from boe_vllm.attention import AttentionLayout
-from boe_vllm.base.clock import Clock
+from boe_vllm.decoding.accounting import Clock
 from boe_vllm.decoding.loop import DenoisingLoop
 
 Kind = Literal[

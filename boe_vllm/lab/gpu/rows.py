@@ -15,7 +15,7 @@ from boe_vllm.lab.gpu.attention import error
 from boe_vllm.lab.gpu.report import Report
 from boe_vllm.models import functional
 from boe_vllm.models.products import matmul_rows
-from boe_vllm.sampling.distributions import entropy_gradient, normalise_
+from boe_vllm.sampling.log_probs import entropy_gradient, normalise_
 
 Tensor = torch.Tensor
 
