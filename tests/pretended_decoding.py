@@ -19,8 +19,7 @@ from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES, load_policy
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 from boe_vllm.steering.coupling import Estimator
 from boe_vllm.steering.importance import Surrogate

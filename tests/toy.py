@@ -13,8 +13,7 @@ from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 from boe_vllm.sampling.statistics import RowStatistics
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.change import PredictionChange

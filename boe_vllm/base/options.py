@@ -142,6 +142,15 @@ def unknown_field(name: str, expected: list[str], context: str) -> ValueError:
     )
 
 
+def must_divide(name: str, value: int, by_name: str, by: int) -> None:
+    """Raise ValueError unless `by` divides `value`."""
+    if value % by:
+        raise ValueError(
+            f"{name}: expected a multiple of {by_name} ({by}), got {value}; "
+            f"use {value // by * by or by} or {-(-value // by) * by}"
+        )
+
+
 def _explain(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"]) or "settings"
     message = detail["msg"].removeprefix("Value error, ")

@@ -13,7 +13,8 @@ import numpy as np
 
 from boe_vllm.base.arrays import BoolArray, IntArray
 from boe_vllm.policies.base import Policy
-from boe_vllm.request.plan import CanvasPlan, Schedule, tokens_due
+from boe_vllm.request.config import Schedule
+from boe_vllm.request.resolved import CanvasPlan, tokens_due
 
 
 class Blocks:

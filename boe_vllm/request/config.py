@@ -16,9 +16,10 @@ from boe_vllm.base import options
 from boe_vllm.base.options import shown
 from boe_vllm.policies import POLICY_NAMES, PolicyConfig, frequencies, load_policy
 from boe_vllm.request.given_text import GIVEN, GivenText, split_given_text
-from boe_vllm.request.plan import Schedule, must_divide
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]  # on the way to the engine, 64 bits
+
+Schedule = Literal["linear", "cosine"]
 
 DEFAULT_POLICY = "confidence"
 CHOICES = "choices"  # what decodes a request that names its answers
@@ -95,7 +96,7 @@ class FrameConfig:
                 f"cfg_scale={self.cfg_scale}; remove one of them"
             )
         if self.gen_length is not None and self.block_length is not None:
-            must_divide("gen_length", self.gen_length, "block_length", self.block_length)
+            options.must_divide("gen_length", self.gen_length, "block_length", self.block_length)
 
 
 @options.options

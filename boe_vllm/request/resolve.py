@@ -19,8 +19,12 @@ from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.given_text import check_choices
 from boe_vllm.request.grammar import Grammar
 from boe_vllm.request.limits import EngineSettings, ServerSettings
-from boe_vllm.request.plan import CanvasPlan, most_tokens_due, plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import (
+    CanvasPlan,
+    ResolvedRequest,
+    most_tokens_due,
+    plan_canvas,
+)
 from boe_vllm.request.under_grammar import under_grammar
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 

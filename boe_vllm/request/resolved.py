@@ -1,25 +1,65 @@
 """What the engine knows about a request: everything it asked for, resolved once at admission.
 
 The API server makes a `ResolvedRequest` of what a request says (`resolve`); it travels with the
-request as plain values, and the scheduler and the model runner read it.
+request as plain values, and the scheduler and the model runner read it. The plan of its canvas is
+numbers: its length, its blocks, and the tokens due in each step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from boe_vllm.base import options
 from boe_vllm.policies import Policy, PolicyConfig, load_policy
 from boe_vllm.policies.choices import ChoicesPolicy
-from boe_vllm.request.config import CHOICES, FrameConfig, SamplerConfig, ServerConfig
+from boe_vllm.request.config import CHOICES, FrameConfig, SamplerConfig, Schedule, ServerConfig
 from boe_vllm.request.given_text import GivenText
-from boe_vllm.request.plan import CanvasPlan
-from boe_vllm.sampling.automaton import TokenAutomaton
-from boe_vllm.sampling.constraints import Constraint, TokenConstraints
+from boe_vllm.sampling.constraints import TokenConstraints
+
+DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_TOKENS_PER_STEP = 1
+
+# The cosine of a third of a right angle and the like come out a little off: a count that is whole
+# must not be rounded up to the next.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CanvasPlan:
+    """The shape of one request's canvas, in tokens and steps."""
+
+    gen_length: int
+    """Positions appended to the prompt."""
+    block_length: int
+    """Positions per block; the last block may be shorter where the context ends."""
+    steps_per_block: int | None
+    """Steps of each block if `steps` was given."""
+    tokens_per_step: int
+    """Tokens per step otherwise."""
+
+    def steps_for(self, masked: int) -> int:
+        """Denoising steps of a block that starts with `masked` masked positions."""
+        return self.steps_per_block or -(-masked // self.tokens_per_step)
+
+    def masks_by_block(self, texts: Sequence[int], infill: int) -> list[int]:
+        """Masked positions of each block that has any, before the request's first step.
+
+        Args:
+            texts: positions of the canvas that hold given text, counted from 0.
+            infill: masks in the prompt, which are written with the first block.
+        """
+        blocks = -(-self.gen_length // self.block_length)
+        masks = [self.block_length] * blocks
+        masks[-1] = self.gen_length - (blocks - 1) * self.block_length
+        for position in texts:
+            masks[position // self.block_length] -= 1
+        masks[0] += infill
+        return [number for number in masks if number]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +126,7 @@ class ResolvedRequest:
             wire[name] = None if part is None else dataclasses.asdict(part)
         wire["plan"] = dataclasses.asdict(self.plan)
         constraints = self.constraints
-        wire["constraints"] = None if constraints is None else _constraints_to_wire(constraints)
+        wire["constraints"] = None if constraints is None else constraints.to_wire()
         return wire
 
     @classmethod
@@ -96,7 +136,7 @@ class ResolvedRequest:
             name: None if wire[name] is None else options.restore(kind, wire[name])
             for name, kind in _CONFIGS.items()
         }
-        settings_class = _settings_class(wire["policy"])
+        settings_class, asked = _settings_class(wire["policy"]), wire["constraints"]
         return cls(
             config=SamplerConfig(
                 policy=wire["policy"],
@@ -104,7 +144,7 @@ class ResolvedRequest:
                 settings=options.restore(settings_class, wire["settings"]),
             ),
             plan=CanvasPlan(**wire["plan"]),
-            constraints=_constraints_from_wire(wire["constraints"]),
+            constraints=None if asked is None else TokenConstraints.from_wire(asked),
             **{name: wire[name] for name in _PLAIN},
         )
 
@@ -124,35 +164,93 @@ def _settings_class(policy: str) -> type[PolicyConfig]:
     return load_policy(policy).Config
 
 
-def _to_plain(value: Any) -> Any:
-    """Arrays and tuples as lists, at any depth."""
-    if isinstance(value, dict):
-        return {key: _to_plain(part) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return [_to_plain(part) for part in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value
+# ---- the canvas ----------------------------------------------------------------------------------
 
 
-def _constraints_to_wire(constraints: TokenConstraints) -> dict[str, Any]:
-    plain = dataclasses.asdict(dataclasses.replace(constraints, grammar=None))
-    grammar = constraints.grammar
-    return _to_plain(plain) | {"grammar": None if grammar is None else grammar.to_text()}
+def plan_canvas(
+    config: SamplerConfig, *, prompt_len: int, max_tokens: int, max_model_len: int
+) -> CanvasPlan:
+    """Fix the canvas of one request.
 
+    Args:
+        config: the request's settings; its given text is in tokens.
+        prompt_len: tokens of the prompt.
+        max_tokens: the request's `max_tokens`.
+        max_model_len: tokens that the model's context holds.
 
-def _constraints_from_wire(wire: Mapping[str, Any] | None) -> TokenConstraints | None:
-    if wire is None:
-        return None
-    grammar, everywhere = wire["grammar"], dict(wire["everywhere"])
-    for name, value in everywhere.items():
-        if name.endswith("_token_ids") and value is not None:
-            everywhere[name] = np.array(value, np.int64)
-    everywhere["logit_bias"] = np.array(everywhere["logit_bias"], np.float64)
-    return TokenConstraints(
-        everywhere=Constraint(**everywhere),
-        min_tokens=wire["min_tokens"],
-        stop_token_ids=tuple(wire["stop_token_ids"]),
-        bad_words=tuple(tuple(word) for word in wire["bad_words"]),
-        prefix_grammar=wire["prefix_grammar"],
-        prefix_end=None if wire["prefix_end"] is None else tuple(wire["prefix_end"]),
-        grammar=None if grammar is None else TokenAutomaton.from_text(grammar),
+    Raises:
+        ValueError: when lengths or steps do not divide, or the canvas does not fit.
+    """
+    frame, given = config.frame, config.given_text
+    room = max_model_len - prompt_len
+    length, source = (given.length, given.source) if given else (max_tokens, "max_tokens")
+    wanted = frame.gen_length or length
+    source = "gen_length" if frame.gen_length else source
+    if given and wanted < length:
+        raise ValueError(
+            f"gen_length: expected at least the {length} tokens of canvas_template, got "
+            f"{wanted}; raise or remove it"
+        )
+    if wanted > room:
+        raise ValueError(
+            f"{source}: expected a canvas of at most {room} tokens (context of {max_model_len} "
+            f"less a prompt of {prompt_len}), got {wanted}; lower {source!r} or shorten the prompt"
+        )
+    if source == "choices":
+        block = wanted
+    elif frame.block_length is not None:
+        block = min(frame.block_length, wanted)  # a longer one would add tokens nobody asked for
+    else:
+        block = min(DEFAULT_BLOCK_LENGTH, wanted)
+        if source != "max_tokens" and wanted % block:
+            block = wanted
+    # A template is as long as it is, whatever its blocks.
+    room = wanted if source == "canvas_template" else room
+    # Rounding up may not push a canvas that fits out of the context: the last block is cut there.
+    gen_length = min(-(-wanted // block) * block, room)
+    steps_per_block = None
+    if frame.steps is not None:
+        blocks = -(-gen_length // block)
+        options.must_divide("steps", frame.steps, "number of blocks", blocks)
+        steps_per_block = frame.steps // blocks
+    return CanvasPlan(
+        gen_length=gen_length,
+        block_length=block,
+        steps_per_block=steps_per_block,
+        tokens_per_step=frame.tokens_per_step or DEFAULT_TOKENS_PER_STEP,
     )
+
+
+def tokens_due(schedule: Schedule, *, masks: int, steps: int, step: int, written: int) -> int:
+    """Tokens due in a step, at least one.
+
+    "linear" (ML-GSAI/LLaDA `get_num_transfer_tokens`): `masks // steps`, and one more in each of
+    the first `masks % steps` steps. "cosine" (MaskGIT, Chang et al. 2022): few at first, many at
+    last, `ceil(masks (1 - cos(pi i / (2 steps))))` written after step `i` of the block. What
+    earlier steps left unwritten is due as well, but never more than in the largest step.
+
+    Args:
+        schedule: the kind.
+        masks: masked positions at the start of the block.
+        steps: steps planned for the block.
+        step: steps done so far.
+        written: positions written so far.
+    """
+    if schedule == "linear":
+        return max(1, masks // steps + (step < masks % steps))
+    due = _written_after(step + 1, masks, steps) - written
+    return max(1, min(due, most_tokens_due(schedule, masks=masks, steps=steps)))
+
+
+@functools.lru_cache(maxsize=256)
+def most_tokens_due(schedule: Schedule, *, masks: int, steps: int) -> int:
+    """Tokens due in that step of a block in which most are."""
+    if schedule == "linear":
+        return -(-masks // steps)
+    counts = [_written_after(step, masks, steps) for step in range(steps + 1)]
+    return max(1, *(after - before for before, after in itertools.pairwise(counts)))
+
+
+def _written_after(steps_done: int, masks: int, steps: int) -> int:
+    share = 1.0 - math.cos(math.pi / 2 * min(steps_done, steps) / steps)
+    return math.ceil(masks * share - _ROUNDING)

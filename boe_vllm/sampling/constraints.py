@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -205,6 +205,39 @@ class TokenConstraints:
         if self.min_tokens:
             left[list(self.stop_token_ids)] = False
         return int(left.sum())
+
+    def to_wire(self) -> dict[str, Any]:
+        """The same as values that JSON and MessagePack know."""
+        plain = dataclasses.asdict(dataclasses.replace(self, grammar=None))
+        grammar = None if self.grammar is None else self.grammar.to_text()
+        return _to_plain(plain) | {"grammar": grammar}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> TokenConstraints:
+        """Read what `to_wire` wrote."""
+        grammar, everywhere = wire["grammar"], dict(wire["everywhere"])
+        for name, value in everywhere.items():
+            if name.endswith("_token_ids") and value is not None:
+                everywhere[name] = np.array(value, np.int64)
+        everywhere["logit_bias"] = np.array(everywhere["logit_bias"], np.float64)
+        return cls(
+            everywhere=Constraint(**everywhere),
+            min_tokens=wire["min_tokens"],
+            stop_token_ids=tuple(wire["stop_token_ids"]),
+            bad_words=tuple(tuple(word) for word in wire["bad_words"]),
+            prefix_grammar=wire["prefix_grammar"],
+            prefix_end=None if wire["prefix_end"] is None else tuple(wire["prefix_end"]),
+            grammar=None if grammar is None else TokenAutomaton.from_text(grammar),
+        )
+
+
+def _to_plain(value: Any) -> Any:
+    """Arrays and tuples as lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: _to_plain(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return [_to_plain(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 ConstrainedRows: TypeAlias = tuple[Constraint, Arrival]

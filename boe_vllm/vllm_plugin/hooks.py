@@ -3,8 +3,9 @@
 vLLM has no extension point for six things: engine arguments of our own, the dtype of a float32
 checkpoint, a request's check against its prompt, refusing a bad streaming request before the
 stream has begun, refusing beam search, and a report for each of a request's samples. Each wrapper
-here adds one of them and otherwise passes everything through; `http_server` has those of the server. `patches/` holds most of it as diffs of
-vLLM itself. A callable that is not what we expect raises, with vLLM's version.
+here adds one of them and otherwise passes everything through; `http_server` has those of the
+server. `patches/` holds most of it as diffs of vLLM itself. A callable that is not what we expect
+raises, with vLLM's version.
 """
 
 from __future__ import annotations
@@ -246,21 +247,20 @@ def _resolve_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
 def _make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def make_request_output(
         self: Any,
-        tokens: Any,
-        pooled: Any,
-        finish: Any,
-        stop: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
         kv_transfer_params: dict[str, Any] | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        from boe_vllm.vllm_plugin import sample_reports
+        from boe_vllm.vllm_plugin.sample_reports import CANVAS_KEY, CANVASES, joined
 
-        watched = hasattr(self, sample_reports.CANVASES)
-        watched = watched or sample_reports.CANVAS_KEY in (kv_transfer_params or ())
+        watched = hasattr(self, CANVASES) or CANVAS_KEY in (kv_transfer_params or ())
         if watched or self.parent_req is not None:
-            kv_transfer_params = sample_reports.joined(self, kv_transfer_params)
-        given = (tokens, pooled, finish, stop, kv_transfer_params)
+            kv_transfer_params = joined(self, kv_transfer_params)
+        given = (new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params)
         return original(self, *given, *args, **kwargs)
 
     return make_request_output

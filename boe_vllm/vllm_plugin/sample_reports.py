@@ -28,7 +28,7 @@ FIELD = "boe"
 
 Report: TypeAlias = Mapping[str, Any]
 CANVASES = "_boe_vllm_canvases"
-"""The attribute of a request's state that holds what was seen of its canvases, once there is any."""
+"""The attribute of a request's state with the last snapshots of its canvases, if there are any."""
 _OF_PARENT = "_boe_vllm_reports"
 _EVENT = "data: "
 

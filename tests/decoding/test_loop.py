@@ -15,8 +15,7 @@ from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 from boe_vllm.steering.importance import TokenImportance
 
 MASK, EOS = 28, 27

@@ -23,8 +23,7 @@ from boe_vllm.lab.bench.states import VARIANTS, draw_state, one_step, open_loop,
 from boe_vllm.lab.bench.steering import block_mean, sampled_counts
 from boe_vllm.models.build import random_model
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 
 TINY = ["--d-model", "32", "--layers", "1", "--heads", "2", "--vocab", "50", "--requests", "2"]
 TINY += ["--repeats", "1", "--threads", "1"]

@@ -32,8 +32,7 @@ from boe_vllm.models.build import random_model
 from boe_vllm.models.rows import SequenceRows
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 from boe_vllm.steering.importance import TokenImportance
 
 F64 = torch.float64

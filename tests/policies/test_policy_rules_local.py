@@ -16,7 +16,7 @@ from boe_vllm.policies.eb import bounded_count
 from boe_vllm.policies.factor import passing_count
 from boe_vllm.policies.klass import recent
 from boe_vllm.request.config import parse_sampler_config
-from boe_vllm.request.plan import tokens_due
+from boe_vllm.request.resolved import tokens_due
 from boe_vllm.sampling import randomness
 from boe_vllm.steering.change import PredictionChange
 

@@ -8,7 +8,7 @@ from test_loop import NEEDED, VARIANTS, make_loop, model, params_of  # noqa: F40
 from toy import label
 
 from boe_vllm.models.build import random_model
-from boe_vllm.request.plan import tokens_due
+from boe_vllm.request.resolved import tokens_due
 
 PROMPT, CANVAS, BLOCK = 3, 24, 12
 COMPOSED = (

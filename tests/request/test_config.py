@@ -4,7 +4,7 @@ import pytest
 
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 from boe_vllm.request.limits import EngineSettings
-from boe_vllm.request.plan import plan_canvas
+from boe_vllm.request.resolved import plan_canvas
 
 BAD = [
     ({"policy": "nope"}, r"policy: expected one of \[.*\], got 'nope'; choose"),

@@ -10,9 +10,8 @@ from boe_vllm.policies.base import Policy
 from boe_vllm.request import resolved as resolved_module
 from boe_vllm.request.facts import ModelFacts
 from boe_vllm.request.limits import BUDGET_MB, EngineSettings, ServerSettings
-from boe_vllm.request.plan import CanvasPlan, most_tokens_due, tokens_due
 from boe_vllm.request.resolve import SamplingFields, resolve
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import CanvasPlan, ResolvedRequest, most_tokens_due, tokens_due
 from boe_vllm.sampling.constraints import Constraint, TokenConstraints
 
 MASK, EOS = 49, 1

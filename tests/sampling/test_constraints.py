@@ -9,7 +9,7 @@ from test_loop import EOS, MASK, NEEDED, finish, make_loop, model, params_of  # 
 
 from boe_vllm.policies import POLICY_NAMES
 from boe_vllm.request.given_text import GivenText
-from boe_vllm.request.plan import plan_canvas
+from boe_vllm.request.resolved import plan_canvas
 from boe_vllm.sampling.canvas_constraints import CanvasConstraints
 from boe_vllm.sampling.constraints import NEVER, Constraint, TokenConstraints
 

@@ -23,8 +23,7 @@ from boe_vllm.models.decoder import Decoder
 from boe_vllm.models.llada import LLaDAConfig
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
-from boe_vllm.request.plan import plan_canvas
-from boe_vllm.request.resolved import ResolvedRequest
+from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 
 DENSE = "dense"
 """The naive step of `bench.dense`, beside the variants."""
