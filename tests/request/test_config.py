@@ -57,6 +57,13 @@ def test_a_request_goes_over_the_server():
     assert (other.frame.steps, other.frame.tokens_per_step) == (None, 2)
 
 
+def test_a_request_that_sets_nothing_is_the_servers_own():
+    server = parse_sampler_config({"policy": "boe", "preset": "kv", "rho": 0.5, "steps": 4})
+    assert parse_sampler_config({}, base=server) == server
+    said = {name: value for name, value in server.as_dict().items() if name != "frequencies"}
+    assert parse_sampler_config(said, base=server) == server
+
+
 def test_a_preset_goes_under_the_fields_beside_it():
     paper = parse_sampler_config({"policy": "boe", "preset": "paper", "rho": 0.1}).settings
     assert (paper.surrogate, paper.objective, paper.active) == ("mask", "masked", "masked")

@@ -200,6 +200,36 @@ def test_reading_checks_nothing_again():
     assert ResolvedRequest.from_wire(wire).config.frame.block_length == "read, not checked"
 
 
+@pytest.mark.parametrize(
+    "fields, sampling",
+    [
+        ({}, {"logit_bias": {4: 0.5}}),
+        ({}, {"allowed_token_ids": [4]}),
+        ({}, {"bad_words": [[4]]}),
+        ({}, {"min_tokens": 1, "stop_token_ids": [EOS]}),
+        ({}, {"top_k": 5}),
+        ({}, {"top_p": 0.5}),
+        ({}, {"min_p": 0.1}),
+        ({"canvas_template": [2, [3]]}, {}),
+    ],
+    ids=str,
+)
+def test_a_request_that_constrains_nothing_has_no_constraints(fields, sampling):
+    neutral = dict(logit_bias={}, allowed_token_ids=None, bad_words=[], min_tokens=0)
+    neutral |= dict(top_k=50, top_p=1.0, min_p=0.0, stop_token_ids=[EOS])
+    free = resolved(**neutral)
+    assert free.constraints is None and not free.constrained
+    assert ResolvedRequest.from_wire(free.to_wire()) == free
+    one = resolved(fields, **(neutral | sampling))
+    assert one.constraints is not None and one.constrained
+
+
+def test_no_given_text_is_none_however_it_is_said():
+    assert resolved().config.given_text is None
+    nothing = {"canvas_template": None, "choices": None}
+    assert resolved(nothing, seed=0).to_wire() == resolved(seed=0).to_wire()
+
+
 def test_a_server_may_leave_the_budget_to_the_device():
     assert EngineSettings().budget_bytes("cpu") == BUDGET_MB["cpu"] * 2**20 == 2**28
     assert EngineSettings().budget_bytes("cuda") == 2**31
