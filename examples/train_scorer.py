@@ -16,11 +16,12 @@ import math
 import time
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import boe_vllm
 from boe_vllm.lab.tasks import TASKS, TEXT_TASKS
 from boe_vllm.lab.tasks.stories import Stories
+from boe_vllm.models.build import load_tokenizer, read_config
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     task = (TASKS | TEXT_TASKS)[args.task]
     stories = isinstance(task, Stories)
     model_path = boe_vllm.tiny_text_model_path() if stories else boe_vllm.tiny_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = load_tokenizer(model_path, read_config(model_path))
     config = GPT2Config(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         n_positions=1024,
