@@ -49,7 +49,9 @@ def soft_writes(
     writes = []
     for places, logp in log_probs.rows(rows_C, transfer):
         if (sharpen_C[places] != 1).any():
-            logp = (logp * powers.tensor[places, None]).log_softmax(-1)
+            power = powers.tensor[places, None]
+            # Rows that are not sharpened keep their bits: they may be another request's.
+            logp = torch.where(power == 1, logp, (logp * power).log_softmax(-1))
         writes.append(model.soft_embed(logp.exp()))
     return torch.cat(writes)
 
