@@ -222,7 +222,7 @@ def draw(own: Sequence[Point], cost: Cost) -> Figure:
             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                 keys.setdefault(name, handle)
         made.legend(
-            list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 7)
+            list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 8)
         )
     return made
 
