@@ -2,9 +2,9 @@
 
     python examples/train_scorer.py --task sudoku6-few --out runs/scorer
 
-It stands in for GPT-2 large where there is none: the same class of `transformers`, the bundled
-tokenizer, and prompt and answer of training items as text. Its perplexities compare policies on
-that task and mean nothing beside those of another scorer.
+It stands in for GPT-2 large where there is none: the same class of `transformers`, the tokenizer of
+the task's bundled model, and prompt and answer of training items as text. Its perplexities compare
+policies on that task and mean nothing beside those of another scorer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import math
 import time
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import boe_vllm
-from boe_vllm.lab.tasks import get_task
+from boe_vllm.lab.tasks import TASKS, TEXT_TASKS
+from boe_vllm.lab.tasks.stories import Stories
+from boe_vllm.models.build import load_tokenizer, read_config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="sudoku6-few")
+    parser.add_argument("--task", choices=[*TASKS, *TEXT_TASKS], default="sudoku6-few")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
@@ -34,10 +36,12 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    task = get_task(args.task)
-    tokenizer = AutoTokenizer.from_pretrained(boe_vllm.tiny_model_path())
+    task = (TASKS | TEXT_TASKS)[args.task]
+    stories = isinstance(task, Stories)
+    model_path = boe_vllm.tiny_text_model_path() if stories else boe_vllm.tiny_model_path()
+    tokenizer = load_tokenizer(model_path, read_config(model_path))
     config = GPT2Config(
-        vocab_size=264,
+        vocab_size=-(-len(tokenizer) // 8) * 8,
         n_positions=1024,
         n_embd=args.width,
         n_layer=args.layers,

@@ -143,7 +143,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **ch
     architecture, config_of, class_of, only_theirs, only_ours = FAMILIES[family]
     rope = {"rope_theta": 1000.0, "rope_type": "default"} | changes.pop("rope", {})
     sizes = SIZES | changes
-    theirs = config_of(**sizes, **only_theirs, rope_parameters=dict(rope), eos_token_id=EOS)
+    theirs = config_of(**(only_theirs | sizes), rope_parameters=dict(rope), eos_token_id=EOS)
     theirs._attn_implementation = theirs._experts_implementation = "eager"
     with computing_in(dtype):
         oracle = class_of(theirs).to(dtype).eval()
@@ -154,7 +154,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **ch
         parameter.data.copy_(x)
         parameter.requires_grad_(False)
     ours = config_class(architecture)
-    fields = sizes | only_ours | {"mask_token_id": MASK, "eos_token_id": EOS}
+    fields = only_ours | sizes | {"mask_token_id": MASK, "eos_token_id": EOS}
     config = ours(**fields, architectures=[architecture], rope_parameters=dict(rope))
     return Checkpoint(config, published(oracle.state_dict(), sizes), oracle)
 

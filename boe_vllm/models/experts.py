@@ -3,23 +3,23 @@
 The published rule (inclusionAI/dInfer `modeling_fused_lladamoe.py`; transformers' Qwen3-MoE with
 `norm_topk_prob` false): float32 softmax over all experts, the largest `k` of the probabilities (of
 each with its constant, where the checkpoint has one), used as weights as they are. Each expert is a
-SwiGLU. Products are grouped: all rows of an expert are multiplied together, and a row has the same
-bits whatever rows are beside it. Under tensor parallelism a rank holds some columns of every
+SwiGLU. Products are `grouped`: all rows of an expert are multiplied together, and a row has the
+same bits whatever rows are beside it. Under tensor parallelism a rank holds some columns of every
 expert.
 
 Legend: `N` any rows, `A` saved rows, `K` chosen experts of a row, `X` experts, `D` width, `F` inner
-width of an expert on this rank, `r` rows of one expert.
+width of an expert on this rank, `M` the N x K choices in the order of their experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from boe_vllm.models.functional import Scratch, accurate, swiglu_, swiglu_backward
+from boe_vllm.models.grouped import Groups, matmul_groups
 from boe_vllm.models.layers import Layers, copy_exactly
 from boe_vllm.models.products import matmul_rows
 from boe_vllm.models.shape import ExpertsShape
@@ -103,27 +103,19 @@ class RoutedMlp(nn.Module):
         if self.expert_bias is not None:
             scores = probabilities + self.expert_bias
         weights_NK, chosen_NK = scores.topk(self.shape.chosen, dim=-1)
-        inner, experts = self.experts.inner, self.experts
-        keep = saved_A is not None
-        rows, width = normed_ND.shape
-        gate_up = normed_ND.new_empty(rows * self.shape.chosen if keep else 0, 2 * inner)
-        mixed = normed_ND.new_empty(rows * self.shape.chosen, width)
-        for expert, places in self._groups(chosen_NK):
-            own = matmul_rows(normed_ND[places // self.shape.chosen], experts.gate_up[expert].t())
-            if keep:
-                gate_up[places] = own
-            mixed[places] = matmul_rows(swiglu_(own), experts.down[expert].t())
+        rows, experts = len(normed_ND), self.experts
+        groups = Groups.of(chosen_NK, self.shape.count)
+        normed_MD = normed_ND[groups.order_M // self.shape.chosen]
+        gate_up_M2F = matmul_groups(normed_MD, experts.gate_up.transpose(1, 2), groups)
+        saved = None
+        if saved_A is not None:
+            kept = groups.put_back(gate_up_M2F).view(rows, self.shape.chosen, -1)[saved_A]
+            routed = (probabilities[saved_A], chosen_NK[saved_A], weights_NK[saved_A])
+            saved = SavedRouting(*routed, kept)
+        mixed_MD = matmul_groups(swiglu_(gate_up_M2F), experts.down.transpose(1, 2), groups)
         # In the order of the weights, so that a row's sum does not depend on the other rows.
-        mixed_NKD = mixed.view(rows, self.shape.chosen, width)
-        out = _weighted_sum(mixed_NKD, weights_NK)
-        if saved_A is None:
-            return out, None
-        return out, SavedRouting(
-            probabilities[saved_A],
-            chosen_NK[saved_A],
-            weights_NK[saved_A],
-            gate_up.view(rows, self.shape.chosen, 2 * inner)[saved_A],
-        )
+        mixed_NKD = groups.put_back(mixed_MD).view(rows, self.shape.chosen, -1)
+        return _weighted_sum(mixed_NKD, weights_NK), saved
 
     def backward(self, dy_AD: Tensor, saved: SavedRouting) -> Tensor:
         """As `mlp.Mlp`: through the chosen experts, and through their weights and the softmax.
@@ -132,21 +124,19 @@ class RoutedMlp(nn.Module):
         comes of them, which is linear in them.
         """
         rows, chosen = saved.chosen_AK.shape
-        experts, width = self.experts, dy_AD.shape[1]
-        gate_up = saved.gate_up_AK2F.flatten(0, 1)
-        dnormed = dy_AD.new_empty(rows * chosen, width)
-        dweights = saved.weights_AK.new_empty(rows * chosen)
-        weights = saved.weights_AK.flatten()
-        for expert, places in self._groups(saved.chosen_AK):
-            before = gate_up[places]
-            dactivated = matmul_rows(dy_AD[places // chosen], experts.down[expert])
-            # The weight's gradient is <dy, down(a)> = <down^T dy, a>.
-            activated = accurate(swiglu_(before.clone()))
-            dweights[places] = (accurate(dactivated) * activated).sum(-1)
-            dactivated = (accurate(dactivated) * weights[places, None]).to(dy_AD.dtype)
-            dbefore = swiglu_backward(dactivated, before)
-            dnormed[places] = matmul_rows(dbefore, experts.gate_up[expert])
-        dnormed = dnormed.view(rows, chosen, width)
+        experts, groups = self.experts, Groups.of(saved.chosen_AK, self.shape.count)
+        order_M = groups.order_M
+        before_M2F = saved.gate_up_AK2F.flatten(0, 1)[order_M]
+        dactivated_MF = matmul_groups(dy_AD[order_M // chosen], experts.down, groups)
+        dactivated_MF = accurate(dactivated_MF)
+        # The weight's gradient is <dy, down(a)> = <down^T dy, a>.
+        activated_MF = accurate(swiglu_(before_M2F.clone()))
+        dweights_M1 = (dactivated_MF * activated_MF).sum(-1, keepdim=True)
+        dweights = groups.put_back(dweights_M1).to(saved.weights_AK.dtype)
+        dactivated_MF = dactivated_MF * saved.weights_AK.flatten()[order_M, None]
+        dbefore_M2F = swiglu_backward(dactivated_MF.to(dy_AD.dtype), before_M2F)
+        dnormed_MD = matmul_groups(dbefore_M2F, experts.gate_up, groups)
+        dnormed = groups.put_back(dnormed_MD).view(rows, chosen, -1)
         total = dnormed[:, 0].clone()
         for k in range(1, chosen):
             total += dnormed[:, k]
@@ -155,15 +145,6 @@ class RoutedMlp(nn.Module):
         p = saved.probabilities_AX
         dlogits = p * (dp - (p * dp).sum(-1, keepdim=True))
         return total.add_(matmul_rows(dlogits.to(dy_AD.dtype), self.router))
-
-    def _groups(self, chosen_NK: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(expert, places among the N x K choices that chose it), for every expert with some."""
-        flat = chosen_NK.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.shape.count).tolist()
-        for expert, places in enumerate(order.split(counts)):
-            if len(places):
-                yield expert, places
 
 
 def _weighted_sum(mixed_NKD: Tensor, weights_NK: Tensor) -> Tensor:

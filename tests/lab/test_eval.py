@@ -22,7 +22,7 @@ from boe_vllm.lab.eval.quality import Scorer, measure, unigram_entropy
 from boe_vllm.lab.eval.settings import checkpoint_digest
 from boe_vllm.lab.eval.statistics import wilson
 from boe_vllm.lab.eval.variants import parse
-from boe_vllm.lab.tasks import TASKS, open_task
+from boe_vllm.lab.tasks import TASKS, TEXT_TASKS, open_task
 
 FREQUENCIES = str(Path(__file__).parents[1] / "data" / "frequencies_29.json")
 
@@ -389,6 +389,31 @@ def test_a_report_compares_texts_with_the_references(scorer_path, tmp_path):
     assert float(same["entropy"]) == pytest.approx(math.log(6), abs=0.05)
     assert "# Table 4" in text and "    the command" in text
     assert (tmp_path / "run" / "tables.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_texts_of_a_known_source_are_compared_with_others_of_its_own(scorer_path, tmp_path):
+    pytest.importorskip("mauve", reason="needs mauve-text: pip install 'boe-vllm[text]'")
+    made = settings("--model", "tiny-text", "--table", "4", "--scorer", scorer_path)
+    task = TEXT_TASKS["stories"]
+    tasks, items = {task.name: task}, {task.name: task.items(40, seed=made.seed)}
+    cell, *_ = make_cells(made, tasks)
+    ledger = Ledger(tmp_path / "run", {})
+    for index in range(40):
+        words = ["she", "danced", "."] * 42
+        ledger.append(
+            ran(cell.key, index, index + 1)
+            | record(cell.key, index, text=" ".join(words), token_ids=[1, 2, 3] * 42, tokens=126)
+            | {"valid": False, "exact": False, "cell_accuracy": None}
+            | {"denoising_steps": 1, "forwards": 1, "backwards": 0}
+        )
+    report.write(made, tasks, items, [cell], ledger, "the command")
+    ledger.close()
+    source, same_words = csv.DictReader((tmp_path / "run" / "quality.csv").open())
+    assert source["policy"] == "source" and same_words["policy"] == cell.label
+    assert float(source["mauve"]) > 0.5 > float(same_words["mauve"])
+    assert float(source["entropy"]) > 3.5 and int(source["n"]) == 40
+    assert float(same_words["entropy"]) == pytest.approx(math.log(3))
 
 
 def test_cells_one_by_one_are_batches_of_their_own():

@@ -36,7 +36,16 @@ def test_everything_is_ok_on_the_cpu(capsys):
     assert all(line["ok"] for line in found)
     assert found[-1]["check"] == "all"
     kinds = {line["check"] for line in found}
-    assert kinds > {"facts", "ceilings", "attention", "products", "functions", "tokens", "steps"}
+    assert kinds > {
+        "facts",
+        "ceilings",
+        "attention",
+        "products",
+        "functions",
+        "experts",
+        "tokens",
+        "steps",
+    }
     assert {line["scenario"] for line in found if line["check"] == "tokens"} == set(DECODES)
     for line in found:
         if line["check"] == "steps":
@@ -92,7 +101,7 @@ def test_a_spent_budget_leaves_out_what_is_left_and_says_so(capsys):
     assert run.run("cpu", small=True, budget=0) == 1
     found = lines(capsys.readouterr().out)
     assert {line["check"] for line in found if "left_out" in line} == {
-        *("attention", "products", "functions", "tokens", "steps"),
+        *("attention", "products", "functions", "experts", "tokens", "steps"),
     }
 
 

@@ -202,6 +202,14 @@ def test_items_share_a_prompt_and_differ_in_their_draws():
         task.items()
 
 
+def test_texts_to_learn_from_are_others_than_those_to_be_judged():
+    task = open_task("stories")
+    stream = [item.answer for item in itertools.islice(task.stream(seed=1), 5)]
+    assert stream == [item.answer for item in itertools.islice(task.stream(seed=1), 5)]
+    assert len({*stream, *(item.answer for item in task.items(5, seed=1))}) == 10
+    assert all(STORIES.log_likelihood(text.split()) > -math.inf for text in stream)
+
+
 def test_a_text_is_the_beginning_of_a_stream_and_its_stories_are_judged_by_themselves():
     one, other = " ".join(TALE.split()).split(f" {END} ")
     right = stories.facts_of(TALE.split())

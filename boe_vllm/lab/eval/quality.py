@@ -57,12 +57,13 @@ class Scorer:
 
         Returns:
             [D] features of both together; the summed negative log-likelihood of `text`, nats; and
-            its number of tokens.
+            its number of tokens. Of both numbers, ends of text count for neither.
         """
         before, after = (
             self._tokenizer.encode(part, add_special_tokens=False) for part in (prompt, text)
         )
-        after = [token for token in after if token not in self._special]
+        while after and after[-1] in self._special:
+            after.pop()
         start = [] if self._start is None else [self._start]
         tokens = (start + before + after)[:MAX_TOKENS]
         # The first token of all has nothing before it that could predict it.
@@ -72,11 +73,12 @@ class Scorer:
         features = out.hidden_states[-1][0, -1].float().cpu().numpy()
         logprobs = torch.log_softmax(out.logits[0, first - 1 : -1].float(), -1)
         own = ids[0, first:]
-        loss = -logprobs.gather(-1, own[:, None]).sum().item()
-        return features, loss, len(own)
+        counted = [place for place, token in enumerate(own.tolist()) if token not in self._special]
+        loss = -logprobs[counted, own[counted]].sum().item()
+        return features, loss, len(counted)
 
 
-def unigram_entropy(tokens: Sequence[int]) -> float:
+def unigram_entropy(tokens: Sequence[int] | Sequence[str]) -> float:
     """Entropy of the distribution of the values in a sequence, nats."""
     counts = collections.Counter(tokens)
     total = len(tokens)

@@ -14,6 +14,7 @@ from boe_vllm.lab.eval.presets import preset_named
 from boe_vllm.lab.eval.settings import Settings, versions
 from boe_vllm.lab.tasks import FileTask, Item, Task
 from boe_vllm.lab.tasks.stories import Stories
+from boe_vllm.lab.tasks.story_grammar import END
 
 VIEWS = {
     "table 2": tables.methods_by_task,
@@ -72,7 +73,7 @@ def write(
     if told:
         parts += [tables.to_markdown(told), TOLD]
     if settings.scorer is not None:
-        quality = _quality(settings, items, cells, ledger)
+        quality = _quality(settings, tasks, items, cells, ledger)
         (ledger.folder / "quality.csv").write_text(tables.to_csv(quality), encoding="utf-8")
         parts.append(tables.to_markdown(quality))
     if settings.paired is not None:
@@ -146,8 +147,13 @@ def _work(items: int, tokens: int, seconds: float) -> list[str]:
 
 
 def _quality(
-    settings: Settings, items: dict[str, list[Item]], cells: list[Cell], ledger: Ledger
+    settings: Settings,
+    tasks: dict[str, Task],
+    items: dict[str, list[Item]],
+    cells: list[Cell],
+    ledger: Ledger,
 ) -> list[dict[str, Any]]:
+    """MAUVE and the scorer's perplexity of every cell, and of other texts of a known source."""
     import json
     from pathlib import Path
 
@@ -160,21 +166,35 @@ def _quality(
     config = json.loads((Path(settings.model_path) / "config.json").read_text(encoding="utf-8"))
     references: dict[str, Any] = {}
     rows = []
+
+    def add(task: str, label: str, length: int, texts: list[dict[str, Any]]) -> None:
+        measured = quality.measure(
+            scorer,
+            texts,
+            references[task],
+            end_of_text=[config["eos_token_id"]],
+            seed=settings.seed,
+        )
+        rows.append({"task": task, "policy": label, "L": length} | measured)
+
     for cell in cells:
         own = items[cell.task]
         if cell.task not in references:
             judged = [scorer.judge(item.prompt, item.answer) for item in own]
             references[cell.task] = np.stack([entry[0] for entry in judged])
+            task = tasks[cell.task]
+            if isinstance(task, Stories):
+                others = task.items(len(own), seed=settings.seed + 1)
+                add(cell.task, "source", cell.gen_length, [_as_record(item) for item in others])
         texts = [
             {"prompt": item.prompt, **ledger.records[cell.key, index]}
             for index, item in enumerate(own)
         ]
-        measured = quality.measure(
-            scorer,
-            texts,
-            references[cell.task],
-            end_of_text=[config["eos_token_id"]],
-            seed=settings.seed,
-        )
-        rows.append({"task": cell.task, "policy": cell.label, "L": cell.gen_length} | measured)
+        add(cell.task, cell.label, cell.gen_length, texts)
     return rows
+
+
+def _as_record(item: Item) -> dict[str, Any]:
+    """A text of the source as if it had been decoded; its words serve as token ids."""
+    words = [word for word in item.answer.split() if word != END]
+    return {"prompt": item.prompt, "text": item.answer, "token_ids": words}

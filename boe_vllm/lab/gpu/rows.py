@@ -14,7 +14,11 @@ import torch
 from boe_vllm.lab.gpu.attention import error
 from boe_vllm.lab.gpu.report import Report
 from boe_vllm.models import functional
+from boe_vllm.models.experts import RoutedMlp
+from boe_vllm.models.grouped import Groups, matmul_groups, matmul_groups_one_by_one
+from boe_vllm.models.layers import Layers
 from boe_vllm.models.products import matmul_rows
+from boe_vllm.models.shape import ExpertsShape
 from boe_vllm.sampling.distributions import entropy_gradient, normalise_
 
 Tensor = torch.Tensor
@@ -26,6 +30,9 @@ VOCABULARY = 126464
 PRODUCTS = ((4096, 8192), (4096, 4096), (4096, 24576), (12288, 4096), (4096, VOCABULARY))
 """(depth, width) of LLaDA-8B's products; a backward multiplies by the same weights turned round."""
 SMALL_PRODUCTS = ((32, 96),)
+EXPERTS = (2048, ExpertsShape(count=64, chosen=8, inner=1024))
+"""Width and experts of LLaDA-MoE-7B-A1B."""
+SMALL_EXPERTS = (32, ExpertsShape(count=6, chosen=2, inner=16))
 ERRORS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 EPS = 1e-5
 START = 7
@@ -92,6 +99,37 @@ def check_functions(report: Report, device: torch.device, *, small: bool) -> Non
                 error=found,
                 depends_at_rows=depends,
             )
+
+
+def check_experts(report: Report, device: torch.device, *, small: bool) -> None:
+    """A routed MLP, forward and backward, and its grouped products against those one by one."""
+    width, shape = SMALL_EXPERTS if small else EXPERTS
+    subject = dict(dtype="bfloat16", width=width, experts=shape.count)
+    if not report.time_left("experts", **subject):
+        return
+    with report.guard("experts", **subject):
+        mlp = RoutedMlp(shape, width, Layers()).to(device, torch.bfloat16)
+        generator = torch.Generator(device=device).manual_seed(0)
+        for parameter in mlp.parameters():
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        rows = SMALL_ROWS if small else COUNTS[-1] + START
+        x = torch.randn(rows, width, device=device, generator=generator).bfloat16()
+        depends = {
+            "forward": _depends(lambda x: mlp.run(x)[0], x),
+            "backward": _depends(functools.partial(_expert_gradient, mlp), x),
+        }
+        chosen = torch.randint(shape.count, (rows, 1), device=device, generator=generator)
+        groups = Groups.of(chosen, shape.count)
+        operands = x[groups.order_M], mlp.experts.gate_up.transpose(1, 2), groups
+        found = error(matmul_groups(*operands), matmul_groups_one_by_one(*operands).double())
+        ok = found <= ERRORS[torch.bfloat16] and not any(depends.values())
+        report.line("experts", ok=ok, **subject, error=found, depends_at_rows=depends)
+
+
+def _expert_gradient(mlp: RoutedMlp, x_ND: Tensor) -> Tensor:
+    _, saved = mlp.run(x_ND, torch.arange(len(x_ND), device=x_ND.device))
+    assert saved is not None
+    return mlp.backward(x_ND.flip(1), saved)
 
 
 def _product(weight_DE: Tensor, float32: bool, x_ND: Tensor) -> Tensor:

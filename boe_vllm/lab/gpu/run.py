@@ -8,7 +8,7 @@ from boe_vllm.lab.bench.ceilings import H200
 from boe_vllm.lab.gpu.attention import check_attention
 from boe_vllm.lab.gpu.facts import check_ceilings, check_facts
 from boe_vllm.lab.gpu.report import Report
-from boe_vllm.lab.gpu.rows import check_functions, check_products
+from boe_vllm.lab.gpu.rows import check_experts, check_functions, check_products
 from boe_vllm.lab.gpu.steps import check_steps
 from boe_vllm.lab.gpu.tokens import check_tokens
 
@@ -31,7 +31,7 @@ def run(device_name: str, *, small: bool, budget: float) -> int:
         check_facts(report, device)
     with report.guard("ceilings"):
         ceilings = check_ceilings(report, device, small=small)
-    for check in (check_attention, check_products, check_functions, check_tokens):
+    for check in (check_attention, check_products, check_functions, check_experts, check_tokens):
         with report.guard(check.__name__):
             check(report, device, small=small)
     with report.guard("steps"):

@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from boe_vllm.lab.tasks.base import GeneratedTask, Item
 from boe_vllm.lab.tasks.story_grammar import END, STORIES
@@ -66,6 +66,12 @@ class Stories(GeneratedTask):
             raise ValueError(f"n: {self.name} is generated without end; expected a number, got {n}")
         rng = random.Random(f"{self.name}/{split}/{seed}")
         return [dataclasses.replace(self.generate(rng), draw=k) for k in range(n)]
+
+    def stream(self, *, seed: int = 0) -> Iterator[Item]:
+        """Texts without end, other ones than `items`."""
+        rng = random.Random(f"{self.name}/stream/{seed}")
+        while True:
+            yield self.generate(rng)
 
     def parse(self, text: str) -> str:
         """The whole text: it goes on after an end of text."""
