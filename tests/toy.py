@@ -10,18 +10,21 @@ import numpy as np
 
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.policy_step import view_of
+from boe_vllm.models.rows import SequenceRows
 from boe_vllm.models.special import SpecialTokens
 from boe_vllm.policies.base import Commit
 from boe_vllm.request.config import parse_sampler_config
 from boe_vllm.request.resolved import ResolvedRequest, plan_canvas
 from boe_vllm.sampling.statistics import RowStatistics
+from boe_vllm.steering.attention_map import Attention, AttentionMap
 from boe_vllm.steering.chain import Conditional, Conditioned
 from boe_vllm.steering.change import PredictionChange
-from boe_vllm.steering.coupling import Attention, Coupling
+from boe_vllm.steering.coupling import Coupling
 from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.likelihood import Likelihood
 from boe_vllm.steering.lookahead import Lookahead, Prospect
 from boe_vllm.steering.shift import Shift
+from boe_vllm.steering.verification import Verification, Verified
 
 VOCAB, MASK = 9, 8
 GRID = 2**-16
@@ -86,6 +89,10 @@ class Toy:
             return np.zeros((len(query.pool), len(query.pool))), 0
         if isinstance(query, Attention):
             return np.zeros((len(query.index), len(query.index))), 0
+        if isinstance(query, AttentionMap):
+            return np.zeros((len(positions) + 1, len(tokens))), 0
+        if isinstance(query, Verification):
+            return self.verified(tokens, positions, query), 1
         if isinstance(query, Shift):
             return np.zeros(len(positions)), 1
         if isinstance(query, Likelihood):
@@ -105,6 +112,18 @@ class Toy:
             return result, 1
         found = self.prospects(tokens, positions, query)
         return found, len(found)
+
+    def verified(self, tokens, positions, query: Verification):
+        """Each draft at its masked position, with the drafts before it written."""
+        state, probability, agrees = tokens.copy(), [], []
+        state[positions[query.written]] = query.written_tokens
+        for index, draft in zip(query.drafted, query.drafts, strict=True):
+            found = self.statistics(state, positions[[index]])
+            logits = np.array(self.logits(state))[positions[index], :MASK]
+            probability.append(math.exp(logits[draft]) / np.exp(logits).sum())
+            agrees.append(found.proposal[0] == draft)
+            state[positions[index]] = draft
+        return Verified(probability=np.array(probability), agrees=np.array(agrees))
 
     def prospects(self, tokens, positions, query: Lookahead):
         """The result of a look-ahead; soft writes are those of the likeliest token."""
@@ -170,15 +189,18 @@ class Driven:
     def step(self):
         canvas = self.canvas
         positions, written = canvas.writable(), canvas.blocks.written(canvas.masked)
-        rows = positions
-        if canvas.policy.needs().revision:
-            rows = np.concatenate([positions, written])
+        wanted = SequenceRows(
+            tokens=canvas.tokens,
+            logit_positions=positions,
+            extra_positions=written[: len(written) * canvas.policy.needs().revision],
+        )
+        rows = wanted.wanted_positions
         statistics = canvas.carried
         if statistics is None:
             statistics = self.toy.statistics(canvas.tokens, rows)
             self.forwards += 1
         self.inputs.append(canvas.tokens.tolist())
-        view = view_of(canvas, positions, slice(0, len(rows)), statistics)
+        view = view_of(canvas, wanted, slice(0, len(rows)), statistics)
 
         def reply(query):
             result, forwards = self.toy.answer(canvas.tokens, positions, query)

@@ -110,11 +110,12 @@ def _constraints(canvas: Canvas, positions: IntArray, table: ConstraintTable | N
 def _rows_of(canvas: Canvas, plan: CachePlan | None) -> SequenceRows:
     """The rows that one request's step computes."""
     needs = canvas.policy.needs()
-    written = canvas.blocks.written(canvas.masked)
-    upcoming = canvas.blocks.upcoming(canvas.masked[: canvas.visible])
-    if plan and plan.live_positions is not None:
-        upcoming = readable(upcoming, plan.live_positions, canvas.shift)
+    blocks, masked = canvas.blocks, canvas.masked
+    written = blocks.past(masked) if needs.past else blocks.written(masked)
+    upcoming = blocks.upcoming(masked[: canvas.visible])
     extra = [written[: len(written) * needs.revision], upcoming[: len(upcoming) * needs.next_block]]
+    if plan and plan.live_positions is not None:
+        extra = [readable(positions, plan.live_positions, canvas.shift) for positions in extra]
     return SequenceRows(
         tokens=canvas.tokens[: canvas.visible],
         logit_positions=canvas.writable(),

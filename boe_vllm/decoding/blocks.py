@@ -107,6 +107,10 @@ class Blocks:
         """[W] positions of the current block that are written, ascending."""
         return self.positions[~masked[self.positions] & ~self.given[self.positions]]
 
+    def past(self, masked: BoolArray) -> IntArray:
+        """Written positions before the current block's end, the prompt's included, ascending."""
+        return np.flatnonzero(~masked[: self.end])
+
     def quota(self, masked: BoolArray) -> int:
         """Tokens due in this step."""
         masks = int(masked[self.start : self.end].sum())

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from boe_vllm.base.arrays import IntArray
 from boe_vllm.decoding.batch import StepBatch
 from boe_vllm.decoding.canvas import Canvas
 from boe_vllm.decoding.frontier import along, narrowed
+from boe_vllm.models.rows import SequenceRows
 from boe_vllm.policies.base import Commit, Revision, View, committable, finishing
 from boe_vllm.sampling.log_probs import LogProbabilities, TokenLikelihood
 from boe_vllm.sampling.statistics import RowStatistics, on_grid
@@ -46,25 +46,27 @@ def views_of(batch: StepBatch, statistics: RowStatistics, errors: Errors) -> dic
                 f"{canvas.account.denoising_steps}; check the checkpoint and the dtype"
             )
             continue
-        views[n] = view_of(canvas, batch.sequences[n].logit_positions, rows, own)
+        views[n] = view_of(canvas, batch.sequences[n], rows, own)
     return views
 
 
-def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowStatistics) -> View:
+def view_of(canvas: Canvas, wanted: SequenceRows, rows: slice, statistics: RowStatistics) -> View:
     """What a policy sees of one canvas.
 
     Args:
         canvas: before the step.
-        positions: [M] the masked ones.
-        rows: of the statistics that are this request's: those of `positions`, then, if the
-            policy needs a revision, those of the written positions.
+        wanted: its rows of the step.
+        rows: of the statistics that are this request's: those of the masked positions, then, if
+            the policy needs a revision, those of the written ones that it covers.
         statistics: of the step's forward, or carried over.
     """
     blocks, revision = canvas.blocks, None
-    written = blocks.written(canvas.masked)
+    positions = wanted.logit_positions
     if canvas.policy.needs().revision:
-        again = slice(rows.start + len(positions), rows.start + len(positions) + len(written))
+        revised = wanted.extra_positions[wanted.extra_positions < blocks.end]
+        again = slice(rows.start + len(positions), rows.start + len(positions) + len(revised))
         revision = Revision(
+            positions=revised,
             proposal=statistics.proposal[again],
             confidence=statistics.confidence[again],
             entropy=statistics.entropy[again],
@@ -87,7 +89,7 @@ def view_of(canvas: Canvas, positions: IntArray, rows: slice, statistics: RowSta
         vocab_size=canvas.vocab_size,
         seed=canvas.params.seed,
         temperature=canvas.params.temperature,
-        written=written,
+        written=blocks.written(canvas.masked),
         revision=revision,
         late_tokens=canvas.late_tokens,
         memory=canvas.memory,

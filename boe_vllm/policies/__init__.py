@@ -28,6 +28,8 @@ _MODULES = {
     "klass": "klass",
     "punt": "punt",
     "dapd": "dapd",
+    "dawn": "dawn",
+    "verify": "verify",
     "credit": "credit",
     "hierarchy": "hierarchy",
     "remdm": "remdm",

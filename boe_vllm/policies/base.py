@@ -63,8 +63,11 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Revision:
-    """What the denoiser would write now at positions of the block that are written already."""
+    """What the denoiser would write now at positions that are written already: those of the block,
+    `View.written`, or all before its end."""
 
+    positions: IntArray
+    """[W] absolute positions, ascending."""
     proposal: IntArray
     """[W] the token: argmax, or a sample at temperature > 0; never MASK."""
     confidence: FloatArray
@@ -110,7 +113,8 @@ class View:
     written: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """[W] absolute positions of the current block that earlier steps wrote, ascending."""
     revision: Revision | None = None
-    """What would be written there now, if the policy needs it."""
+    """What would be written there now, if the policy needs it; with `Needs.past`, everywhere before
+    the block's end."""
     late_tokens: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Tokens that may only be committed last (EOS and EoT under `confidence_eos_eot_inf` or
     `eos_eot_last`); empty where the request does not ask for it. It holds in every round of a step:
@@ -173,6 +177,9 @@ class Needs:
     """Whether queries read the final states of the next block's masked positions as well."""
     revision: bool = False
     """Whether predictions at written positions of the block are wanted (`View.revision`)."""
+    past: bool = False
+    """Whether the revision is to cover all that is written before the block's end, the prompt
+    included. Under a cache, only what is computed in the step."""
 
 
 class Policy(Generic[C]):

@@ -20,7 +20,7 @@ from pydantic import Field
 from boe_vllm.base.arrays import BoolArray, FloatArray, IntArray
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Commit, Needs, Policy, PolicyConfig, View, allowed, top
-from boe_vllm.steering.coupling import Attention
+from boe_vllm.steering.attention_map import Attention
 
 if TYPE_CHECKING:
     from boe_vllm.policies.base import Asking

@@ -25,7 +25,7 @@ import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
-from boe_vllm.models.functional import accurate
+from boe_vllm.steering.attention_map import attention_between
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 from boe_vllm.steering.supposed import Supposition, run_suppositions, suppose
 
@@ -69,41 +69,6 @@ class Coupling(Query[FloatArray]):
             solved = _measured(current, own) if measured else _read_off(current, own)
             results.update(zip(members, solved, strict=True))
         return [results[n] for n in range(len(queries))]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Attention(Query[FloatArray]):
-    """Attention between masked rows: float64 [C, C], row i looking at column j, mean over the heads
-    of the last layers. Costs no forward."""
-
-    index: IntArray
-    """[C] indices into `View.positions`."""
-    layers: float
-    """Share of the layers, the last ones; at least one."""
-
-    @classmethod
-    def solve(
-        cls, current: DenoisingPass, queries: Sequence[tuple[int, Attention]]
-    ) -> list[QueryResult[FloatArray]]:
-        """Read off the step's own pass."""
-        assert current.saved is not None
-        transfer, heads = Transfer(current.device), current.model.config.shape().heads
-        indices = []
-        for s, query in queries:
-            place = current.place(s)
-            read = current.saved_rows(place, current.read_rows(place, query.index))
-            indices.append((transfer.add(read), transfer.add(query.index)))
-        means = []
-        for (s, query), (rows, columns) in zip(queries, indices, strict=True):
-            last = max(1, round(query.layers * len(current.saved.layers)))
-            total = _attention_between(current, s, rows.tensor, columns.tensor, last)
-            means.append(total.double().flatten() / (last * heads))
-        host = torch.cat(means).cpu().numpy()
-        ends = np.cumsum([mean.numel() for mean in means])
-        return [
-            QueryResult(value=own.reshape(len(query.index), -1))
-            for own, (_, query) in zip(np.split(host, ends[:-1]), queries, strict=True)
-        ]
 
 
 # ---- measured on hypothetical states -------------------------------------------------------------
@@ -192,7 +157,7 @@ def _read_off(
         indices.append((transfer.add(read), transfer.add(query.pool)))
     found = []
     for (s, query), (rows, columns) in zip(queries, indices, strict=True):
-        found.append(_attention_between(current, s, rows.tensor, columns.tensor))
+        found.append(attention_between(current, s, rows.tensor, columns.tensor))
         if query.estimator == "overlap":
             found.append(_overlap(current, s, query))
     host = torch.cat([matrix_CC.double().flatten() for matrix_CC in found]).cpu().numpy()
@@ -208,33 +173,6 @@ def _read_off(
             factor = np.minimum.outer(query.entropy, query.entropy)
         results.append(QueryResult(value=attention * factor))
     return results
-
-
-def _attention_between(
-    current: DenoisingPass, s: int, rows_C: Tensor, columns_C: Tensor, last: int = 0
-) -> Tensor:
-    """[C, C] attention between rows of a sequence, summed over layers and heads.
-
-    Of a CFG pair, the sequence's own.
-
-    Args:
-        current: the step's pass, with what it saved.
-        s: the sequence.
-        rows_C: saved rows at which the pool is read.
-        columns_C: the pool's places among the sequence's key rows.
-        last: layers that count, from the end; 0 for all.
-    """
-    assert current.saved is not None
-    layout, place = current.layout.attention, current.place(s)
-    span = slice(layout.kv_starts[place], layout.kv_starts[place] + layout.kv_seqlens[place])
-    total = torch.zeros(len(rows_C), len(rows_C), device=current.device)
-    for saved in current.saved.layers[-last:]:
-        q_HCP = saved.queries_AHP[rows_C].transpose(0, 1)
-        group = q_HCP.shape[0] // saved.keys_SGP.shape[1]
-        keys_HsP = saved.keys_SGP[span].transpose(0, 1).repeat_interleave(group, 0)
-        scores = accurate(q_HCP @ keys_HsP.mT) * q_HCP.shape[-1] ** -0.5
-        total = total + scores.softmax(-1)[:, :, columns_C].sum(0)
-    return current.model.sum_over_ranks(total)
 
 
 def _in_units_of_its_mean(attention_CC: FloatArray) -> FloatArray:

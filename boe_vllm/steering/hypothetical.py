@@ -22,7 +22,7 @@ from boe_vllm.models.rows import RowLayout
 from boe_vllm.models.saved import KeyValueContext, SavedPass
 from boe_vllm.sampling.log_probs import LogProbabilities
 from boe_vllm.steering.guidance import Place
-from boe_vllm.steering.replaced import ReplacedKeys, replace_keys, replaced_attention
+from boe_vllm.steering.replaced import ReplacedKeys, key_sets, replace_keys, replaced_attention
 from boe_vllm.steering.step import DenoisingPass
 
 Tensor = torch.Tensor
@@ -49,7 +49,9 @@ def soft_writes(
     writes = []
     for places, logp in log_probs.rows(rows_C, transfer):
         if (sharpen_C[places] != 1).any():
-            logp = (logp * powers.tensor[places, None]).log_softmax(-1)
+            power = powers.tensor[places, None]
+            # Rows that are not sharpened keep their bits: they may be another request's.
+            logp = torch.where(power == 1, logp, (logp * power).log_softmax(-1))
         writes.append(model.soft_embed(logp.exp()))
     return torch.cat(writes)
 
@@ -75,9 +77,9 @@ class PartialRows:
     saved: Arrival
     """[Q] packed saved rows, state by state."""
     groups: list[OverlayGroup]
-    """The states by the shape of their attention, on the CPU."""
+    """The states by the shape of their attention, on the CPU where only their own rows are new."""
     calls: list[ReplacedKeys]
-    """The states by the call that attends them, on a GPU."""
+    """The states by the call that attends them; empty where there are groups."""
 
 
 def announce(current: DenoisingPass, states: Sequence[States], transfer: Transfer) -> PartialRows:
@@ -104,8 +106,9 @@ def announce(current: DenoisingPass, states: Sequence[States], transfer: Transfe
         heads = saved.queries_AHP.shape[1]
         groups = group_overlays(overlays, heads=heads, row_elements=elements, transfer=transfer)
     else:
+        sets = key_sets(overlays)
         calls = replace_keys(
-            overlays, key_rows=layout.num_keys, row_elements=elements, transfer=transfer
+            sets, key_rows=layout.num_keys, row_elements=elements, transfer=transfer
         )
     return PartialRows(saved=transfer.add(rows), groups=groups, calls=calls)
 
@@ -141,7 +144,7 @@ def run_partial(
         if index == last and not final:
             return None
         given = (q, k, v, saved.keys_SGP, saved.values_SGP)
-        if x.is_cuda:
+        if rows.calls:
             mixed = replaced_attention(*given, calls=rows.calls, scale=block.scale)
         else:
             mixed = overlay_attention(*given, groups=rows.groups, scale=block.scale)

@@ -1,10 +1,10 @@
-"""Attention of hypothetical rows on a GPU: every state gets keys and values of its own.
+"""Attention of hypothetical rows to keys and values of their own: every state gets a set of them.
 
-They are its sequence's, with those of the state's own rows replaced; all states are attended in one
-call for sequences of any lengths.
+They are its sequence's, with some replaced by those of new rows; all sets are attended in one call
+for sequences of any lengths.
 
-A copy costs a GPU less than the many launches that do without (`attention.overlay`, for the CPU).
-Which rows are copied is the same in every layer.
+A copy costs a GPU less than the many launches that do without (`attention.overlay`, for the CPU,
+where a state's own rows are what is replaced). Which rows are copied is the same in every layer.
 
 Legend: `Q` packed rows of all states, `S` packed rows of keys and values of all sequences, `H`/`G`
 heads of queries/keys, `P` size of a head.
@@ -31,6 +31,22 @@ _MOST_ELEMENTS = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeySet:
+    """What some packed rows attend to: a sequence's keys, with new rows in the place of some."""
+
+    queries: int
+    """Packed rows that attend to it; those of one set follow each other, and so do the sets."""
+    kv_start: int
+    """First key row of the sequence."""
+    kv_len: int
+    """Key rows of the sequence."""
+    columns: IntArray
+    """[m] places among the sequence's key rows that are replaced."""
+    rows: IntArray
+    """[m] packed rows whose new keys and values stand there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ReplacedKeys:
     """Some states that are attended in one call."""
 
@@ -42,15 +58,35 @@ class ReplacedKeys:
     """A sequence for each state."""
 
 
+def key_sets(overlays: Sequence[Overlay]) -> list[KeySet]:
+    """A set for every state, whose own rows stand in it; the states are packed in this order."""
+    sets, first = [], 0
+    for overlay in overlays:
+        for columns in overlay.columns_Nm:
+            many = len(columns)
+            rows = first + np.arange(many)
+            sets.append(
+                KeySet(
+                    queries=many,
+                    kv_start=overlay.kv_start,
+                    kv_len=overlay.kv_len,
+                    columns=columns,
+                    rows=rows,
+                )
+            )
+            first += many
+    return sets
+
+
 def replace_keys(
-    overlays: Sequence[Overlay], *, key_rows: int, row_elements: int, transfer: Transfer
+    sets: Sequence[KeySet], *, key_rows: int, row_elements: int, transfer: Transfer
 ) -> list[ReplacedKeys]:
-    """Find every state's keys; the states' rows are packed in the given order.
+    """Find every set's keys.
 
     Args:
-        overlays: of each sequence.
+        sets: in the order of the rows that attend to them.
         key_rows: of all sequences, `S`.
-        row_elements: of one row of keys; bounds how many states are put together.
+        row_elements: of one row of keys; bounds how many sets are put together.
         transfer: what takes the indices to the device.
     """
     calls, first, start = [], 0, 0
@@ -67,17 +103,16 @@ def replace_keys(
             index = transfer.add(np.concatenate(states))
             calls.append(ReplacedKeys(rows=slice(start, first), index=index, layout=layout))
 
-    for overlay in overlays:
-        for columns in overlay.columns_Nm:
-            held = sum(map(len, states))
-            if states and (held + overlay.kv_len) * row_elements > _MOST_ELEMENTS:
-                close()
-                states, rows, start = [], [], first
-            keys = overlay.kv_start + np.arange(overlay.kv_len)
-            keys[columns] = key_rows + first + np.arange(len(columns))
-            states.append(keys)
-            rows.append(len(columns))
-            first += len(columns)
+    for own in sets:
+        held = sum(map(len, states))
+        if states and (held + own.kv_len) * row_elements > _MOST_ELEMENTS:
+            close()
+            states, rows, start = [], [], first
+        keys = own.kv_start + np.arange(own.kv_len)
+        keys[own.columns] = key_rows + own.rows
+        states.append(keys)
+        rows.append(own.queries)
+        first += own.queries
     close()
     return calls
 

@@ -74,7 +74,7 @@ def test_replaced_keys_give_the_same(monkeypatch, kv_heads, most_elements):
     monkeypatch.setattr(replaced, "_MOST_ELEMENTS", most_elements)
     overlays, inputs = random_overlays(0, kv_heads, torch.float64, SHAPES)
     calls = replaced.replace_keys(
-        overlays,
+        replaced.key_sets(overlays),
         key_rows=len(inputs[3]),
         row_elements=inputs[3][0].numel(),
         transfer=Transfer(torch.device("cpu")),

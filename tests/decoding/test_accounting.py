@@ -28,9 +28,11 @@ COST = {
     "factor": ADAPTIVE,
     "klass": ADAPTIVE,
     "dapd": ADAPTIVE,
+    "dawn": ADAPTIVE,
     "credit": ADAPTIVE,
     "hierarchy": ADAPTIVE,
     "punt": (1 + 3, 0, 0, LENGTH),  # a whole state for each bit of a rank
+    "verify": (2, 0, 0, LENGTH),
     "lookum": (2, 1, 0, STEPS),
     "info-gain": (8, 1, 0, STEPS),
     "lookahead": (1 + LENGTH, 0, 0, STEPS),
@@ -38,7 +40,7 @@ COST = {
     "joint": (2, 0, 0, STEPS),
     "pairwise": (2, 0, 0, STEPS),
 }
-PARTIAL = ("boe", "joint", "pairwise")  # whose further forwards are over some rows of the block
+PARTIAL = ("boe", "joint", "pairwise", "verify")  # whose further forwards are over some rows
 FIXED = ("random", "confidence", "margin", "entropy", "confident-random", "pc", "p2")
 SETTINGS = {
     "info-gain": {"bypass": 0.0, "position_temperature": 5.0},

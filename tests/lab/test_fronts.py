@@ -74,14 +74,14 @@ def test_a_setting_is_the_cheapest_that_is_nearly_as_good_as_one_token_a_step():
 def test_the_table_marks_fronts_choices_and_pairs():
     own = fronts.points(CELLS)
     rows = {row["policy"]: row for row in fronts.table(own, {("t", "eb"): "eb:gamma=0.1"})}
-    assert rows["joint:commit=rounds"]["front"] == "rows"
-    assert rows["confidence, 1 a step"]["front"] == "passes, rows"
+    assert rows["joint:commit=rounds"]["front"].startswith("rows")
+    assert rows["confidence, 1 a step"]["front"] == "passes, rows, ms-1, ms-25"
     assert rows["eb:gamma=0.1"]["chosen"] == "yes" and not rows["eb:gamma=0.01"]["chosen"]
     assert rows["eb:gamma=0.1"]["p, one a step"] == "0.002"
     assert "chosen" not in fronts.table(own)[0]
 
 
-def test_the_command_draws_both_fronts(tmp_path, capsys):
+def test_the_command_draws_all_fronts(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file = CellFile(tmp_path / "cells.jsonl")
     for one in CELLS:
@@ -89,12 +89,32 @@ def test_the_command_draws_both_fronts(tmp_path, capsys):
     path, out = str(tmp_path / "cells.jsonl"), tmp_path / "out"
     assert plot.main(["--cells", path, "--chosen-on", path, "--out", str(out)]) == 0
     assert {f.name for f in out.iterdir()} == {
-        f"front-{cost}.{kind}" for cost in ("passes", "rows") for kind in ("png", "svg")
+        f"front-{cost}.{kind}"
+        for cost in ("passes", "rows", "ms-1", "ms-25")
+        for kind in ("png", "svg")
     }
-    assert "| eb:gamma=0.01 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| eb:gamma=0.01 |" in printed and fronts.TAKEN_IN in printed
     axis = fronts.draw(fronts.points(CELLS), "rows").axes[0]
     line = axis.lines[0]
     assert line.get_label() == "front" and list(line.get_xdata()) == [80, 100, 160, 360]
+
+
+def test_what_no_time_can_be_predicted_for_is_left_out(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = CellFile(tmp_path / "cells.jsonl")
+    unknown = cell("of another package", 50, 9, 90)
+    for one in (*CELLS[1:], unknown):  # without one token a step
+        file.append(one)
+    path, out = str(tmp_path / "cells.jsonl"), tmp_path / "out"
+    assert plot.main(["--cells", path, "--out", str(out)]) == 0
+    assert "front-ms-25: not drawn, no cell has it" in capsys.readouterr().out
+    assert not list(out.glob("front-ms*"))
+    own = fronts.points([*CELLS, unknown])
+    rows = {row["policy"]: row for row in fronts.table(own)}
+    assert rows["of another package"]["ms-1"] == "-" != rows["eb:gamma=0.1"]["ms-1"]
+    with pytest.raises(ValueError, match="cost: expected one that some point has, got 'ms-1'"):
+        fronts.draw(fronts.points([unknown]), "ms-1")
 
 
 def test_what_the_command_cannot_draw_is_named(tmp_path, capsys):

@@ -15,6 +15,7 @@ from toy import GRID, MASK, Driven, Toy, frame, label, steps_by, without_repeats
 
 from boe_vllm.decoding.policy_step import view_of
 from boe_vllm.models.build import random_model
+from boe_vllm.models.rows import SequenceRows
 from boe_vllm.policies.base import Commit, Policy, PolicyConfig
 from boe_vllm.policies.remasking import RemaskingRule
 from boe_vllm.request.config import parse_sampler_config
@@ -169,9 +170,8 @@ def test_defaults_are_the_authors():
 def test_conf_spreads_sigma_by_the_confidence_at_reveal():
     """The chances are softmax(-p stored); what the model thinks now plays no part."""
     canvas = Driven(Toy(0), {"policy": "remdm"}, [1], 4).canvas
-    view = view_of(
-        canvas, np.arange(1, 5), slice(0, 4), Toy(0).statistics([1] + [MASK] * 4, np.arange(1, 5))
-    )
+    wanted = SequenceRows(tokens=canvas.tokens, logit_positions=np.arange(1, 5))
+    view = view_of(canvas, wanted, slice(0, 4), Toy(0).statistics(canvas.tokens, np.arange(1, 5)))
     rule, positions, stored = rule_of("conf"), np.arange(3), np.array([0.9, 0.1, 0.5])
     weights = [math.exp(-p) for p in stored]
     hits = np.mean([rule.drawn(view, k, 0.8, positions, stored) for k in range(4000)], axis=0)

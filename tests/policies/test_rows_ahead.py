@@ -36,9 +36,10 @@ ADAPTIVE = (
     {"policy": "joint", "commit": "rounds", "rounds": 3, "trust": 9.0},
     {"policy": "boe", "commit": "rounds", "rounds": 2, "trust": 9.0},
 )
+VERIFY = {"policy": "verify", "threshold": 0.2}
 CASES = [f for f in VARIANTS if "remask" not in f and "commit" not in f]
 CASES += [fields | more for fields in COMPOSED for more in COMPOSITIONS]
-CASES += list(ADAPTIVE)
+CASES += [*ADAPTIVE, VERIFY, VERIFY | {"drafts": 1.0, "cfg_scale": 1.0}]
 
 
 def largest_due(kind, masks, steps):
@@ -58,7 +59,7 @@ def test_no_step_asks_for_more_rows_than_the_bound(model, fields, frame):  # noq
     check_the_bound(model, fields, frame)
 
 
-@pytest.mark.parametrize("fields", COMPOSED, ids=label)
+@pytest.mark.parametrize("fields", [*COMPOSED, VERIFY], ids=label)
 def test_a_shifted_model_asks_for_at_most_twice_as_many(shifted, fields):
     check_the_bound(shifted, fields, {"tokens_per_step": 3})
 

@@ -15,10 +15,22 @@ from boe_vllm.steering.chain import Conditional
 from boe_vllm.steering.change import PredictionChange
 from boe_vllm.steering.coupling import Coupling
 from boe_vllm.steering.guidance import Guidance, guided, with_unconditional
+from boe_vllm.steering.hypothetical import soft_writes
 from boe_vllm.steering.importance import TokenImportance
 from boe_vllm.steering.likelihood import Likelihood
 from boe_vllm.steering.lookahead import Lookahead
 from boe_vllm.steering.step import solve_together
+
+
+def test_a_sharpened_write_leaves_the_bits_of_the_other_rows(networks):  # noqa: F811
+    """They may be another request's."""
+    current = make_pass(networks[0], "masked")
+    rows = np.arange(5)
+    plain = soft_writes(current.log_probs, rows, np.ones(5))
+    mixed = soft_writes(current.log_probs, rows, np.array([1.0, 1.0, 0.5, 1.0, 0.25]))
+    assert torch.equal(mixed[[0, 1, 3]], plain[[0, 1, 3]])
+    assert not torch.isclose(mixed[[2, 4]], plain[[2, 4]]).all(-1).any()
+
 
 # ---- constraints of supposed states --------------------------------------------------------------
 

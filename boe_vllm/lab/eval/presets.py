@@ -96,7 +96,9 @@ PRESETS = {
     ),
 }
 
-OWN_RATE = frozenset({"eb", "threshold", "factor", "klass", "punt", "dapd", "credit", "hierarchy"})
+OWN_RATE = frozenset(
+    {"eb", "threshold", "factor", "klass", "punt", "dapd", "dawn", "verify", "credit", "hierarchy"}
+)
 """Policies that decide themselves how many tokens they write in a step."""
 
 

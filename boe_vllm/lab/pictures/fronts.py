@@ -1,4 +1,4 @@
-"""Pareto fronts of finished cells: share of right answers against passes and against rows.
+"""Pareto fronts of finished cells: share of right answers against passes, rows and predicted time.
 
 A cell is on a front where no other of its task has at least its share for at most its cost. Each
 policy's setting is chosen on one file of cells and reported from another, of other items.
@@ -13,16 +13,34 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from boe_vllm.lab.bench import answers
+from boe_vllm.lab.bench.ceilings import H100
+from boe_vllm.lab.bench.costs import Network
+from boe_vllm.lab.bench.predict import MODELS
 from boe_vllm.lab.eval.cell_file import FinishedCell
 from boe_vllm.lab.eval.statistics import mcnemar, wilson
 from boe_vllm.lab.pictures import figure
 from boe_vllm.lab.pictures.curves import scale
 
-Cost = Literal["passes", "rows"]
+Cost = Literal["passes", "rows", "ms-1", "ms-25"]
 COSTS: dict[Cost, str] = {
     "passes": "passes per item, forward and backward; one over a few rows counts as one",
     "rows": "rows through the network, forward and backward, per item",
+    "ms-1": "predicted milliseconds an answer, LLaDA-8B's weights on an H100, one request",
+    "ms-25": "predicted milliseconds an answer, LLaDA-8B's weights on an H100, 25 requests",
 }
+REQUESTS: dict[Cost, int] = {"ms-1": 1, "ms-25": 25}
+"""Requests that share the steps of a predicted time."""
+TAKEN_IN = f"""\
+ms-1 and ms-25 are predicted, not measured: milliseconds an answer with the weights of LLaDA-8B on
+an {H100.name}, at 1 and at 25 requests at a time (the time of all steps over the requests), by the
+cost model of `boe-vllm bench predict` from each cell's steps, passes and rows. Taken in: in each
+step a pass over the whole sequence, the further passes with the rows that are left, the
+vocabulary's products, launches, and a blocking copy for each pass. Left out: attention and
+distributions that a policy reads beside its passes, that a batch is not always full, and the server
+around it. A task without `confidence` at one token a step has no such time."""
+"""What is said beside the table."""
+LLADA_8B = Network.of(MODELS["llada-8b"])
 NEAR = 0.98
 """Part of the sequential policy's share that a chosen setting reaches where it is chosen."""
 SEQUENTIAL = "confidence"
@@ -44,6 +62,8 @@ class Point:
     """Per item."""
     rows: float
     """Per item."""
+    milliseconds: Mapping[Cost, float]
+    """Predicted, by the costs of `REQUESTS`; empty where nothing can be."""
 
     @property
     def share(self) -> float:
@@ -52,12 +72,20 @@ class Point:
 
     def cost(self, name: Cost) -> float:
         """Per item."""
+        if name in REQUESTS:
+            return self.milliseconds[name]
         return self.passes if name == "passes" else self.rows
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """Those that are known."""
+        return tuple(name for name in COSTS if name not in REQUESTS or name in self.milliseconds)
 
 
 def points(cells: Iterable[FinishedCell]) -> list[Point]:
     """The newest cell of every name, in the file's order."""
     newest = {cell.key: cell for cell in cells}
+    canvases = answers.canvases(newest.values())
     found = []
     for cell in newest.values():
         policy = cell.contestant.partition(":")[0].partition(" ")[0]
@@ -70,16 +98,29 @@ def points(cells: Iterable[FinishedCell]) -> list[Point]:
                 valid=cell.valid,
                 passes=cell.forwards + cell.backwards,
                 rows=cell.rows,
+                milliseconds=_predicted(cell, canvases.get(cell.task)),
             )
         )
     return found
 
 
+def _predicted(cell: FinishedCell, canvas: answers.Canvas | None) -> dict[Cost, float]:
+    found: dict[Cost, float] = {}
+    for cost, requests in REQUESTS.items():
+        if canvas is not None:
+            time = answers.milliseconds(cell, canvas, requests, LLADA_8B, H100)
+            if time is not None:
+                found[cost] = time
+    return found
+
+
 def front(own: Sequence[Point], cost: Cost) -> list[Point]:
-    """The points of one task that no other beats, cheapest first."""
+    """The points of one task that no other beats, cheapest first; of those that have the cost."""
     kept = []
     best = -1.0
-    for point in sorted(own, key=lambda p: (p.cost(cost), -p.share)):
+    for point in sorted(
+        (p for p in own if cost in p.costs), key=lambda p: (p.cost(cost), -p.share)
+    ):
         if point.share > best:
             kept.append(point)
             best = point.share
@@ -134,6 +175,9 @@ def table(
                     "95 % interval": f"{low:.3f} to {high:.3f}",
                     "passes": f"{p.passes:.2f}",
                     "rows": f"{p.rows:.0f}",
+                }
+                | {cost: f"{p.cost(cost):.1f}" if cost in p.costs else "-" for cost in REQUESTS}
+                | {
                     "front": ", ".join(cost for cost in COSTS if p.label in on[cost]) or "-",
                     "p, one a step": f"{mcnemar(p.valid, against)[2]:.2g}" if against else "-",
                 }
@@ -148,7 +192,14 @@ def table(
 
 def draw(own: Sequence[Point], cost: Cost) -> Figure:
     """One panel per task, a few side by side; a colour per policy, a point per setting, the front
-    as a line."""
+    as a line. Points without the cost are left out.
+
+    Raises:
+        ValueError: when no point has it.
+    """
+    own = [p for p in own if cost in p.costs]
+    if not own:
+        raise ValueError(f"cost: expected one that some point has, got {cost!r}; name another")
     tasks = list(dict.fromkeys(p.task for p in own))
     policies = list(dict.fromkeys(p.policy for p in own))
     with figure.style():
@@ -171,7 +222,7 @@ def draw(own: Sequence[Point], cost: Cost) -> Figure:
             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                 keys.setdefault(name, handle)
         made.legend(
-            list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 7)
+            list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 8)
         )
     return made
 

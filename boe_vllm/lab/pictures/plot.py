@@ -71,7 +71,11 @@ def _fronts(args: argparse.Namespace) -> int:
     if args.chosen_on is not None:
         chosen = fronts.choose(fronts.points(CellFile(args.chosen_on).cells), "rows")
     print(to_markdown(fronts.table(own, chosen)))
+    print(f"\n{fronts.TAKEN_IN}\n")
     for cost in fronts.COSTS:
+        if not any(cost in point.costs for point in own):
+            print(f"front-{cost}: not drawn, no cell has it")
+            continue
         for path in figure.save(fronts.draw(own, cost), args.out, f"front-{cost}"):
             print(path)
     return 0
