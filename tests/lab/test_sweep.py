@@ -152,6 +152,7 @@ def test_a_policy_of_its_own_rate_has_one_key():
     made = settings("--tasks", "sudoku4", "--policies", "eb,random", "--tokens-per-step", "4")
     cells = make_cells(made, {"sudoku4": TASKS["sudoku4"]})
     assert [key_of(cell)[1:] for cell in cells] == [("eb", 1), ("random", 4)]
+    assert [cell.tokens_per_step for cell in cells] == [1, 4]  # what is decoded is what is noted
 
 
 # ---- in this process -----------------------------------------------------------------------------

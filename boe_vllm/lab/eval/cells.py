@@ -9,6 +9,7 @@ from typing import Any
 
 from boe_vllm.lab.eval.presets import own_rate, preset_named, published_fields
 from boe_vllm.lab.eval.settings import Settings
+from boe_vllm.lab.eval.variants import Variant
 from boe_vllm.lab.tasks import Item, Task
 from boe_vllm.request.config import SamplerConfig, parse_sampler_config
 
@@ -55,14 +56,15 @@ class Job:
 
 def make_cells(settings: Settings, tasks: dict[str, Task]) -> list[Cell]:
     """All cells of a run, in the order of the tables; policies that decide themselves how many
-    tokens they write have one cell, whatever the rates.
+    tokens they write have one cell, with one token a step where nothing else is allowed, whatever the
+    rates.
 
     Raises:
         ValueError: for an unknown policy or field, by name, or two cells of the same name.
     """
     base = settings.server
     cells = [
-        _make_cell(settings, base, task, variant.label, variant.fields, length, rate)
+        _make_cell(settings, base, task, variant, length, 1 if own_rate(variant.fields) else rate)
         for task in tasks.values()
         for length in settings.gen_lengths or (task.gen_length,)
         for rate in settings.tokens_per_step
@@ -81,11 +83,11 @@ def _make_cell(
     settings: Settings,
     base: SamplerConfig,
     task: Task,
-    label: str,
-    own: dict[str, Any],
+    variant: Variant,
     length: int,
     rate: int,
 ) -> Cell:
+    label, own = variant.label, variant.fields
     block = settings.block_length
     if block is None:
         block = task.block_length if length == task.gen_length else min(DEFAULT_BLOCK, length)
