@@ -56,8 +56,7 @@ class Job:
 
 def make_cells(settings: Settings, tasks: dict[str, Task]) -> list[Cell]:
     """All cells of a run, in the order of the tables; policies that decide themselves how many
-    tokens they write have one cell, with one token a step where nothing else is allowed, whatever the
-    rates.
+    tokens they write have one cell, at one token a step, whatever the rates.
 
     Raises:
         ValueError: for an unknown policy or field, by name, or two cells of the same name.
