@@ -143,7 +143,7 @@ class DenoisingLoop:
         for n, (request_id, canvas) in enumerate(zip(running, canvases, strict=True)):
             snapshot = None
             if canvas.config.frame.stream_canvas:
-                snapshot = self.snapshots.take(request_id, canvas, views.get(n))
+                snapshot = self.snapshots.take(request_id, canvas, views.get(n), commits.get(n))
             results[request_id] = _result(canvas, errors.get(n), snapshot)
         return results
 

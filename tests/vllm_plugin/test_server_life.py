@@ -209,7 +209,7 @@ def test_a_stream_may_show_its_canvas_as_it_fills(url, samples):
             assert sum(before["masked"]) > sum(after["masked"])
         first = seen[0]
         assert len(first["tokens"]) == len(first["masked"]) == 24
-        named = ("positions", "proposals", "entropy", "confidence")
+        named = ("positions", "proposals", "entropy", "confidence", "scores")
         assert len({len(first[name]) for name in named}) == 1
     assert any("boe" in choice for event in events for choice in event["choices"])
 

@@ -70,7 +70,9 @@ class Panel {
     const numbers = row === undefined ? "" :
       `; proposed ${visible(canvas.proposals[row])} with probability ` +
       `${canvas.confidence[row].toFixed(3)}, entropy ${canvas.entropy[row].toFixed(3)} nats`;
-    this.details.textContent = `position ${position}: ${what}${numbers}`;
+    const score = row === undefined ? undefined : (canvas.scores || [])[row];
+    const chosenBy = typeof score === "number" ? `, score ${score.toFixed(3)}` : "";
+    this.details.textContent = `position ${position}: ${what}${numbers}${chosenBy}`;
   }
 
   end(report) {
