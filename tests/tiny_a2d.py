@@ -22,8 +22,8 @@ TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}{% endif %}"""
 
 
-def write(folder: Path, *, seed: int = 0) -> Path:
-    """A checkpoint of 260-odd tokens: bytes and the special ones."""
+def write_tokenizer(folder: Path) -> Tokenizer:
+    """Bytes and the special tokens, with the chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,6 +36,12 @@ def write(folder: Path, *, seed: int = 0) -> Path:
         mask_token="<|mask|>",
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
+    return tokenizer
+
+
+def write(folder: Path, *, seed: int = 0) -> Path:
+    """A checkpoint of 260-odd tokens: bytes and the special ones."""
+    tokenizer = write_tokenizer(folder)
     torch.manual_seed(seed)
     config = Qwen3Config(
         hidden_size=32,
