@@ -45,13 +45,8 @@ class Attention(Query[FloatArray]):
         for (s, query), (rows, columns) in zip(queries, indices, strict=True):
             last = max(1, round(query.layers * len(current.saved.layers)))
             total = attention_between(current, s, rows.tensor, columns.tensor, last)
-            means.append(total.double().flatten() / (last * heads))
-        host = torch.cat(means).cpu().numpy()
-        ends = np.cumsum([mean.numel() for mean in means])
-        return [
-            QueryResult(value=own.reshape(len(query.index), -1))
-            for own, (_, query) in zip(np.split(host, ends[:-1]), queries, strict=True)
-        ]
+            means.append(total.double() / (last * heads))
+        return [QueryResult(value=own) for own in read_together(means)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +68,20 @@ class AttentionMap(Query[FloatArray]):
     ) -> list[QueryResult[FloatArray]]:
         """Read off the step's own pass, which has saved all rows, with one read for all queries."""
         found = [_map(current, s, query.layers) for s, query in queries]
-        host = torch.cat([seen.double().flatten() for seen in found]).cpu().numpy()
-        ends = np.cumsum([seen.numel() for seen in found])
         results = []
-        for (s, _), seen, own in zip(queries, found, np.split(host, ends[:-1]), strict=True):
-            value = np.zeros((len(seen), len(current.sequences[s].tokens)))
-            value[:, current.layout.row_positions[current.place(s)]] = own.reshape(seen.shape)
+        for (s, _), own in zip(queries, read_together(found), strict=True):
+            value = np.zeros((len(own), len(current.sequences[s].tokens)))
+            value[:, current.layout.row_positions[current.place(s)]] = own
             results.append(QueryResult(value=value))
         return results
+
+
+def read_together(found: Sequence[Tensor]) -> list[FloatArray]:
+    """Tensors of any shapes as float64 arrays of theirs, by one copy to the host."""
+    host = torch.cat([x.double().flatten() for x in found]).cpu().numpy()
+    ends = np.cumsum([x.numel() for x in found])
+    parts = np.split(host, ends[:-1])
+    return [own.reshape(x.shape) for own, x in zip(parts, found, strict=True)]
 
 
 def attention_between(

@@ -25,7 +25,7 @@ import torch
 
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.base.transfer import Transfer
-from boe_vllm.steering.attention_map import attention_between
+from boe_vllm.steering.attention_map import attention_between, read_together
 from boe_vllm.steering.step import DenoisingPass, Query, QueryResult
 from boe_vllm.steering.supposed import Supposition, run_suppositions, suppose
 
@@ -160,15 +160,12 @@ def _read_off(
         found.append(attention_between(current, s, rows.tensor, columns.tensor))
         if query.estimator == "overlap":
             found.append(_overlap(current, s, query))
-    host = torch.cat([matrix_CC.double().flatten() for matrix_CC in found]).cpu().numpy()
-    sizes = [matrix_CC.numel() for matrix_CC in found]
-    matrices = iter(np.split(host, np.cumsum(sizes)[:-1]))
+    matrices = iter(read_together(found))
     results = []
     for _, query in queries:
-        shape = (len(query.pool), len(query.pool))
-        attention = _in_units_of_its_mean(next(matrices).reshape(shape))
+        attention = _in_units_of_its_mean(next(matrices))
         if query.estimator == "overlap":
-            factor = next(matrices).reshape(shape)
+            factor = next(matrices)
         else:
             factor = np.minimum.outer(query.entropy, query.entropy)
         results.append(QueryResult(value=attention * factor))

@@ -23,7 +23,6 @@ from boe_vllm.vllm_plugin.output import DiffusionModelRunnerOutput
 
 logger = init_logger("vllm." + __name__)
 
-
 REPORT_KEY = "boe"
 """Where a request's accounting is found in `RequestOutput.kv_transfer_params`."""
 CANVAS_KEY = "boe_canvas"
