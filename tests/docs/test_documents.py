@@ -75,6 +75,7 @@ RUN_BY = {
     r"boe-vllm grade": "tests/lab/test_graders.py::test_the_command_prints_both_shares",
     r"boe-vllm bench predict": "tests/lab/test_predict.py::test_predict_prints_passes",
     r"python scripts/gpu_check.py": "tests/lab/test_gpu_check.py::test_everything_is_ok",
+    r"python scripts/gpu_engine.py": f"{PLUGIN}/test_gpu_engine.py::test_the_engine_is_ok",
     r"boe-vllm bench": "tests/lab/test_bench.py::test_throughput_ends",
     r"boe-vllm fields": "tests/docs/test_reference.py::test_the_document_is_what",
     r"boe-vllm watch": "tests/lab/test_pictures.py::test_watch_prints_the_end_plainly",
