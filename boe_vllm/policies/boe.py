@@ -20,6 +20,7 @@ from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, c
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
 from boe_vllm.policies.bounded import bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import allowed_count, composed
+from boe_vllm.policies.drafted import drafted_commit, drafted_rows
 from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
 
@@ -60,7 +61,9 @@ class BoEPolicy(Policy[BoEConfig]):
         forward = {"mask": 0, "inject": masks if config.context == "frozen" else length}
         backward = length if config.active == "all" else masks
         chain = chain_rows(candidates, due) if config.sets == "chain" else 0
-        if config.adapts:
+        if config.commit == "drafts":
+            chain = drafted_rows(length, config.drafts)
+        elif config.adapts:
             chain = bounded_rows(masks, config.rounds)
         return forward.get(config.surrogate, candidates) + backward + chain
 
@@ -72,14 +75,23 @@ class BoEPolicy(Policy[BoEConfig]):
         return (yield from composed(self.choose, view, self.config, ranks=ranks))
 
     def bounded(self, view: View) -> Asking:
-        """What the bound allows, or where it is one unsure position the best by score; rounds."""
+        """What the bound allows, or where it is one unsure position the best by score; then rounds
+        or drafts."""
         config, scores, bound = self.config, certainty(view, "entropy"), self.config.allowed()
         first = bounded_set(view.entropy, view.confidence, bound)
-        if len(first) == 1 and len(scores) > 1 and not sure(view, first, config):
+        if undecided(view.confidence, first, config):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))
             assert pivot.scores is not None
             first, scores = pivot.chosen, pivot.scores
-        return (yield from bounded_commit(view, first, scores, bound))
+        if config.commit != "drafts":
+            return (yield from bounded_commit(view, first, scores, bound))
+        commit, state = yield from drafted_commit(view, first, scores, bound, config.drafting())
+        if state is not None and len(state.index):
+            likely = view.committable(state.proposal, state.confidence)
+            if undecided(likely, bounded_set(state.entropy, likely, bound), config):
+                # A score needs the activations of the step's own forward.
+                commit = dataclasses.replace(commit, carry=None)
+        return commit
 
     def choose(self, view: View) -> Asking:
         """Candidates, their scores, and the set."""
@@ -122,12 +134,17 @@ def all_sure(view: View, config: BoEConfig) -> bool:
     order = top(view.confidence, len(view.positions))
     if config.sets == "chain":
         order = order[: view.quota]
-    return sure(view, order[: allowed_count(view, order, config)], config)
+    return sure(view.confidence[order[: allowed_count(view, order, config)]], config)
 
 
-def sure(view: View, index: IntArray, config: BoEConfig) -> bool:
-    """Whether the proposals at some positions reach `bypass`."""
-    return config.bypass is not None and bool((view.confidence[index] >= config.bypass).all())
+def sure(confidence: FloatArray, config: BoEConfig) -> bool:
+    """Whether some proposals all reach `bypass`."""
+    return config.bypass is not None and bool((confidence >= config.bypass).all())
+
+
+def undecided(confidence: FloatArray, first: IntArray, config: BoEConfig) -> bool:
+    """Whether a bound allows one position that is not sure, of several: its score is asked for."""
+    return len(first) == 1 and len(confidence) > 1 and not sure(confidence[first], config)
 
 
 def gate(view: View, config: BoEConfig) -> FloatArray:

@@ -10,6 +10,7 @@ from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
 from boe_vllm.policies.bounded import Bound
 from boe_vllm.policies.composition import CompositionConfig
+from boe_vllm.policies.drafted import Drafting
 from boe_vllm.steering.importance import Context, Surrogate
 
 _PAPER: dict[str, Any] = {
@@ -35,6 +36,8 @@ _PAPER: dict[str, Any] = {
     "rounds": 1,
     "pool": 64,
     "trust": 0.5,
+    "drafts": 3,
+    "slack": 0.1,
 }
 """Eq. 13 to 19 to the letter. The paper publishes neither lambda nor h_max ("tuned on a small
 validation subset"); the values are those of the authors' prototype."""
@@ -139,10 +142,11 @@ class BoEConfig(CompositionConfig):
     sets: Literal["top", "chain"] = "chain"
     """How several tokens are chosen: the best scores ("top", the paper's ranking), or the best one
     and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
-    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    commit: Literal["rounds", "drafts", "quota", "eb", "threshold"] | None = None
     """How many positions are written: what the bound `gamma` allows, in the step's own prediction
-    and then in a partial one, as `joint` does with `bound` "entropy"; where it allows but one that
-    is not sure, that one is chosen by its score ("rounds"). As many as are due ("quota"), or a
+    and then in a partial one ("rounds") or with drafted next steps ("drafts"), as `joint` does with
+    `bound` "entropy"; where it allows but one that is not sure, that one is chosen by its score. As
+    many as are due ("quota"), or a
     prefix of these ("eb", "threshold"). Default: "quota", with which every undecided step runs its
     backward."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
@@ -153,12 +157,22 @@ class BoEConfig(CompositionConfig):
     """Positions that such a round predicts again, the surest of the block."""
     trust: Annotated[float, Field(ge=0)] = 0.5
     """Entropy of the surest position left up to which a round is run, and then writes, nats."""
+    drafts: Annotated[int, Field(ge=0, le=16)] = 3
+    """Next steps that a step drafts under `commit` "drafts". Its wide pass has the rows of `drafts`
+    + 1 whole states."""
+    slack: Annotated[float, Field(ge=0)] | None = 0.1
+    """Entropy by which a draft's least sure position may exceed that of what the bound would write,
+    nats; null where it has to be that very set."""
     bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
 
+    def drafting(self) -> Drafting:
+        """What `commit` "drafts" is set to."""
+        return Drafting(drafts=self.drafts, slack=self.slack)
+
     def allowed(self) -> Bound:
-        """What `commit` "rounds" is set to."""
+        """What `commit` "rounds" is set to, whose bound "drafts" has too."""
         return Bound(
             rule="entropy", limit=self.gamma, pool=self.pool, rounds=self.rounds, trust=self.trust
         )

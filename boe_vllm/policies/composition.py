@@ -37,7 +37,7 @@ class CompositionConfig(RemaskingConfig):
     remask: Literal["none", "remdm"] = "none"
     """Whether written tokens may be masked again: "remdm" draws them by the ReMDM rule, whose
     settings are the other fields of this kind."""
-    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    commit: Literal["rounds", "drafts", "quota", "eb", "threshold"] | None = None
     """How many positions are written; each policy says what it offers."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
     """Bound of `commit` "eb" on `sum H - max H` of the tokens written together, nats. Default: that
@@ -61,8 +61,9 @@ class CompositionConfig(RemaskingConfig):
 
     @property
     def adapts(self) -> bool:
-        """Whether a bound with partial rounds decides how many are written."""
-        return self.commit == "rounds"
+        """Whether a bound on one prediction decides how many are written, and then rounds or drafts
+        how many more."""
+        return self.commit in ("rounds", "drafts")
 
     def paced(self) -> PolicyConfig:
         """A request that says how many tokens a step writes gets as many by default."""

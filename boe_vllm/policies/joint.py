@@ -20,6 +20,7 @@ from boe_vllm.base.options import options
 from boe_vllm.policies.base import Certainty, Commit, Needs, Policy, View, certainty
 from boe_vllm.policies.bounded import Bound, Rule, bounded_commit, bounded_rows, bounded_set
 from boe_vllm.policies.composition import CompositionConfig, composed
+from boe_vllm.policies.drafted import Drafting, drafted_commit, drafted_rows
 from boe_vllm.policies.selection import (
     CERTAIN,
     chain_rows,
@@ -42,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 1,
         "pool": 64,
         "trust": 0.5,
+        "drafts": 3,
+        "slack": 0.1,
         "bound": "threshold",
     },
 }
@@ -56,16 +59,17 @@ class JointConfig(CompositionConfig):
     preset: Literal["thorough"] | None = None
     """Named settings, which replace the server's; fields given beside it go on top. `thorough` has
     `commit` "quota", `multiple` 3 and `certain` 1."""
-    commit: Literal["rounds", "quota", "eb", "threshold"] | None = None
+    commit: Literal["rounds", "drafts", "quota", "eb", "threshold"] | None = None
     """How many positions are written: what `bound` allows, in the step's own prediction and then in
-    `rounds` partial ones ("rounds"); as many as the frame's schedule has due, by the
+    `rounds` partial ones ("rounds"), or with what it would allow in the next steps, drafted and
+    looked at in one wide pass ("drafts"); as many as the frame's schedule has due, by the
     chain rule ("quota"); or the prefix of such a set within `gamma` ("eb") or of tokens that reach
     `threshold` ("threshold"). Default: "rounds", and "quota" where the request says
     `tokens_per_step` or `steps`, or `remask`."""
     bound: Rule = "threshold"
-    """What may be written from one prediction under `commit` "rounds": all tokens of probability
-    `threshold`, or the most probable one where there is none; or as many as `gamma` allows
-    ("entropy", the rule of `eb`)."""
+    """What may be written from one prediction under `commit` "rounds" and "drafts": all
+    tokens of probability `threshold`, or the most probable one where there is none; or as many as
+    `gamma` allows ("entropy", the rule of `eb`)."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Least probability of a token that is written together with others."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
@@ -77,13 +81,24 @@ class JointConfig(CompositionConfig):
     trust: Annotated[float, Field(ge=0)] = 0.5
     """Entropy of the surest position left up to which a round is run, and then writes, nats; above
     it the next step decides."""
+    drafts: Annotated[int, Field(ge=0, le=16)] = 3
+    """Next steps that a step drafts under `commit` "drafts". Its wide pass has the rows of `drafts`
+    + 1 whole states."""
+    slack: Annotated[float, Field(ge=0)] | None = 0.1
+    """Entropy by which a draft's least sure position may exceed that of what the bound would write,
+    nats; null where it has to be that very set, which at temperature 0 gives the tokens of `rounds`
+    0 in fewer steps."""
     multiple: Annotated[float, Field(ge=1, le=1e6)] = 2.0
     """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
     """Probability from which a position joins a chain without a round of its own."""
 
+    def drafting(self) -> Drafting:
+        """What `commit` "drafts" is set to."""
+        return Drafting(drafts=self.drafts, slack=self.slack)
+
     def allowed(self) -> Bound:
-        """What `commit` "rounds" is set to."""
+        """What `commit` "rounds" is set to, whose bound "drafts" has too."""
         limit = self.threshold if self.bound == "threshold" else self.gamma
         return Bound(
             rule=self.bound, limit=limit, pool=self.pool, rounds=self.rounds, trust=self.trust
@@ -92,7 +107,8 @@ class JointConfig(CompositionConfig):
     @property
     def adapts(self) -> bool:
         """As long as nothing else is asked for."""
-        return self.commit == "rounds" or (self.commit is None and self.remask == "none")
+        by_default = self.commit is None and self.remask == "none"
+        return self.commit in ("rounds", "drafts") or by_default
 
 
 class JointPolicy(Policy[JointConfig]):
@@ -103,16 +119,19 @@ class JointPolicy(Policy[JointConfig]):
     Config = JointConfig
     source = "ours"
     passes = (
-        "1 forward and `rounds` partial forwards over `pool` rows; under a quota up to b - 1 "
-        "partial forwards over 2 b rows for b tokens a step"
+        "1 forward and `rounds` partial forwards over `pool` rows; with drafts 1 forward over the "
+        "rows of `drafts` + 1 states; under a quota up to b - 1 partial forwards over 2 b rows for "
+        "b tokens a step"
     )
 
     def needs(self) -> Needs:
-        """What the partial passes need of the step's own forward."""
-        return Needs(rows="masked")
+        """What the partial passes need of the step's own forward; whole states need nothing."""
+        return Needs(rows="none" if self.config.commit == "drafts" else "masked")
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
-        """The rounds over the pool, or the chain's."""
+        """The rounds over the pool, the drafted states, or the chain's."""
+        if self.config.commit == "drafts":
+            return drafted_rows(length, self.config.drafts)
         if self.config.adapts:
             return bounded_rows(masks, self.config.rounds)
         due = self.config.most_due(masks, quota)
@@ -125,11 +144,16 @@ class JointPolicy(Policy[JointConfig]):
         return (yield from composed(self.choose, view, self.config, ranks=False))
 
     def bounded(self, view: View) -> Asking:
-        """What the bound allows, and what it allows in each round."""
+        """What the bound allows, and what it allows in each round or draft."""
         bound = self.config.allowed()
         first = bounded_set(view.entropy, view.confidence, bound)
         by: Certainty = "confidence" if bound.rule == "threshold" else "entropy"
-        return (yield from bounded_commit(view, first, certainty(view, by), bound))
+        scores = certainty(view, by)
+        if self.config.commit == "drafts":
+            drafting = self.config.drafting()
+            commit, _ = yield from drafted_commit(view, first, scores, bound, drafting)
+            return commit
+        return (yield from bounded_commit(view, first, scores, bound))
 
     def choose(self, view: View) -> Asking:
         """A pool and its chain."""

@@ -12,6 +12,7 @@ Legend: `m` the block's masked positions that a state leaves, `n` other observed
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -76,7 +77,8 @@ class Prospect:
 class Lookahead(Query[list[Prospect]]):
     """What the denoiser predicts in hypothetical states: a `Prospect` for each.
 
-    A state is the current one with some masked positions written. Each costs one forward.
+    A state is the current one with some masked positions written. Each costs one forward (but see
+    `wide`).
     """
 
     writes: tuple[IntArray, ...]
@@ -90,6 +92,8 @@ class Lookahead(Query[list[Prospect]]):
     """Temperature of soft writes, 1 for none."""
     carry: bool = False
     """Whether the next step may go on with a state's prediction."""
+    wide: bool = False
+    """Whether states that share a pass count as one forward, of all their rows."""
 
     @classmethod
     def solve(
@@ -103,15 +107,15 @@ class Lookahead(Query[list[Prospect]]):
         ]
         soft = SoftWrites(current, queries)
         prospects: list[list[Prospect]] = [[] for _ in queries]
-        rows = [0 for _ in queries]
+        rows, forwards = np.zeros((2, len(queries)), int).tolist()
         for batch in state_batches(current, states):
             for state, prospect in zip(batch, _predict(current, batch, soft), strict=True):
                 prospects[state.query].append(prospect)
                 rows[state.query] += current.passes(state.sequence) * state.rows.live_rows
-        return [
-            QueryResult(value=found, forwards=current.passes(s) * len(found), rows_forward=count)
-            for (s, _), found, count in zip(queries, prospects, rows, strict=True)
-        ]
+            for n, many in Counter(state.query for state in batch).items():
+                forwards[n] += current.passes(queries[n][0]) * (1 if queries[n][1].wide else many)
+        costs = zip(prospects, forwards, rows, strict=True)
+        return [QueryResult(value=p, forwards=f, rows_forward=r) for p, f, r in costs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,19 +260,15 @@ def _writes(current: DenoisingPass, states: Sequence[State], counts: Sequence[in
     """How the states' tokens are proposed: as the next step would, where it may go on with them."""
     steps = [current.next_steps[state.sequence] for state in states]
     pairs = list(zip(steps, states, strict=True))
+    uniforms = [
+        randomness.uniforms(
+            step.seed, step=step.step, positions=s.rows.wanted_positions, stream=randomness.WRITE
+        )
+        for step, s in pairs
+    ]
     return RowWrites(
         temperature=np.repeat([step.temperature * s.carry for step, s in pairs], counts),
-        uniform=np.concatenate(
-            [
-                randomness.uniforms(
-                    step.seed,
-                    step=step.step,
-                    positions=s.rows.wanted_positions,
-                    stream=randomness.WRITE,
-                )
-                for step, s in pairs
-            ]
-        ),
+        uniform=np.concatenate(uniforms),
         top_logprobs=max(step.top_logprobs * s.carry for step, s in pairs),
     )
 

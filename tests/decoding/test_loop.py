@@ -32,6 +32,8 @@ VARIANTS = [{"policy": name} | NEEDED.get(name, {}) for name in sorted(POLICY_NA
     {"policy": "boe", "cfg_scale": 0.5},
     {"policy": "boe", "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.8},
     {"policy": "boe", "commit": "eb", "gamma": 1.0},
+    {"policy": "boe", "commit": "drafts", "gamma": 3.0, "slack": 1.0},
+    {"policy": "joint", "commit": "drafts", "bound": "entropy", "gamma": 3.0, "cfg_scale": 0.5},
     {"policy": "info-gain", "bypass": 0.0, "cfg_scale": 0.5},
     {"policy": "remdm", "sigma_schedule": "rescale", "eta": 0.8},
     {"policy": "p2", "eta": 3.0},

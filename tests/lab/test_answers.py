@@ -41,6 +41,8 @@ def cell_of(contestant, steps, requests):
         ("confidence", {"policy": "confidence"}, 0.01),
         ("dawn", {"policy": "dawn"}, 0.01),
         ("joint", {"policy": "joint"}, 0.08),
+        ("joint:commit=drafts", {"policy": "joint", "commit": "drafts"}, 0.08),
+        ("boe:commit=drafts", {"policy": "boe", "commit": "drafts"}, 0.15),
         ("boe:sets=top", {"policy": "boe", "sets": "top", "bypass": None}, 0.15),
     ],
 )
@@ -66,6 +68,7 @@ def test_the_sequences_of_a_task_are_those_of_one_token_a_step():
         backwards=0.0, rows=640.0, seconds=0.0,
     )  # fmt: skip
     assert answers.canvases([one]) == {"t": WHOLE}
-    assert answers.needs_of("dawn:sink=0.1").past and answers.needs_of("joint").rows == "masked"
-    assert answers.needs_of("of another package") is None
-    assert answers.needs_of("boe thorough") is None  # a name that the file of policies once had
+    assert answers.policy_of("dawn:sink=0.1").needs().past
+    assert answers.policy_of("joint").config.adapts
+    assert answers.policy_of("of another package") is None
+    assert answers.policy_of("boe thorough") is None  # a name that the file of policies once had

@@ -245,7 +245,7 @@ def test_leading_counts_to_the_first_that_is_not():
     "fields, message",
     [
         ({"remask": "x"}, "remask: input should be 'none' or 'remdm'"),
-        ({"commit": "x"}, "commit: input should be 'rounds', 'quota', 'eb' or 'threshold'"),
+        ({"commit": "x"}, "commit: input should be 'rounds', 'drafts', 'quota', 'eb' or 'thresh"),
         (
             {"remask": "remdm", "commit": "eb"},
             "commit: expected 'quota' beside remask='remdm', whose rates follow the schedule, "

@@ -32,6 +32,7 @@ CASES = [{"policy": name} for name in sorted(POLICY_NAMES - set(NEEDED))] + [
         "gamma": 1.0,
     },
     {"policy": "joint", "commit": "rounds", "rounds": 3, "trust": 9.0, "threshold": 0.2},
+    {"policy": "joint", "commit": "drafts", "threshold": 0.2, "slack": 9.0},
     {"policy": "joint", "remask": "remdm", "sigma_schedule": "rescale", "eta": 0.9},
     {"policy": "joint", "commit": "eb", "gamma": 1.0},
     {"policy": "joint", "schedule": "cosine"},

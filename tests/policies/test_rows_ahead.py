@@ -35,6 +35,9 @@ ADAPTIVE = (
     {"policy": "joint", "commit": "rounds"},
     {"policy": "joint", "commit": "rounds", "rounds": 3, "trust": 9.0},
     {"policy": "boe", "commit": "rounds", "rounds": 2, "trust": 9.0},
+    {"policy": "joint", "commit": "drafts", "threshold": 0.05},
+    {"policy": "joint", "commit": "drafts", "drafts": 5, "slack": None, "cfg_scale": 0.5},
+    {"policy": "boe", "commit": "drafts", "gamma": 3.0},
 )
 VERIFY = {"policy": "verify", "threshold": 0.2}
 CASES = [f for f in VARIANTS if "remask" not in f and "commit" not in f]

@@ -119,7 +119,7 @@ OTHERS = {
     "remask": "remdm", "commit": "eb", "gamma": 9.0, "threshold": 0.1, "sigma_schedule": "loop",
     "eta": 0.02, "t_on": 0.6, "t_off": 0.1, "alpha_on": 0.8, "preset": "kv", "pool": 3,
     "rounds": 2, "trust": 0.1, "multiple": 3.0, "certain": 0.5, "coupling": "exact",
-    "coupling_measure": "kl", "interaction": 0.1, "bound": "entropy",
+    "coupling_measure": "kl", "interaction": 0.1, "bound": "entropy", "drafts": 1, "slack": None,
 }  # fmt: skip
 
 

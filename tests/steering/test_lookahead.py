@@ -311,3 +311,22 @@ class Poisoned(Policy):
         (prospect,) = yield Lookahead(writes=(np.array([0]),), tokens=(np.array([20]),))
         prospect.mean_entropy()
         raise AssertionError("the entropies were taken for numbers")
+
+
+def test_wide_states_count_as_one_forward_of_all_their_rows(networks):
+    """As many as the passes that they are split into; two for a guided request."""
+    model, _ = networks
+    current = with_next_steps(make_pass(model, "none"))
+    length = len(current.sequences[0].tokens)
+    query = Lookahead(
+        writes=(np.array([0]), np.array([0, 1]), np.array([2])),
+        tokens=(np.array([3]), np.array([3, 4]), np.array([5])),
+        wide=True,
+    )
+    for budget, passes in ((8192, 1), (2 * length, 2), (1, 3)):
+        tight = dataclasses.replace(current, row_budget=budget)
+        (one,) = Lookahead.solve(tight, [(0, query)])
+        assert (one.forwards, one.rows_forward) == (passes, 3 * length)
+        assert len(one.value) == 3
+    (apart,) = Lookahead.solve(current, [(0, dataclasses.replace(query, wide=False))])
+    assert (apart.forwards, apart.rows_forward) == (3, 3 * length)

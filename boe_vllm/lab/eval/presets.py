@@ -104,7 +104,7 @@ OWN_RATE = frozenset(
 
 def own_rate(fields: Mapping[str, Any]) -> bool:
     """Whether a cell's policy decides itself how many tokens it writes in a step."""
-    return fields["policy"] in OWN_RATE or fields.get("commit") == "rounds"
+    return fields["policy"] in OWN_RATE or fields.get("commit") in ("rounds", "drafts")
 
 
 CONTEST = "contest"
