@@ -136,7 +136,7 @@ def _writes(canvases: Sequence[Canvas], wanted: Sequence[IntArray]) -> RowWrites
         if canvas.params.temperature > 0:
             numbers = randomness.uniforms(
                 canvas.params.seed,
-                step=canvas.account.denoising_steps,
+                step=canvas.draw(),
                 positions=positions,
                 stream=randomness.WRITE,
             )

@@ -141,12 +141,16 @@ class Canvas:
             length=self.visible,
         )
 
+    def draw(self, ahead: int = 0) -> int:
+        """Which random numbers draw the tokens of the coming step, or of one `ahead` of it."""
+        return 0 if self.policy.needs().same_draws else self.account.denoising_steps + ahead
+
     def next_step(self) -> NextStep:
         """How the step after the coming one would be computed, if it stays in this block."""
         return NextStep(
             temperature=self.params.temperature,
             seed=self.params.seed,
-            step=self.account.denoising_steps + 1,
+            step=self.draw(ahead=1),
             constraints=self.constraints,
             top_logprobs=self.params.logprobs_per_row,
             cache=self.cache_plan(ahead=1),

@@ -177,6 +177,10 @@ class Needs:
     """Whether queries read the final states of the next block's masked positions as well."""
     revision: bool = False
     """Whether predictions at written positions of the block are wanted (`View.revision`)."""
+    same_draws: bool = False
+    """Whether a position's token is drawn by one random number in all steps, and not by another in
+    each, so that predictions that agree propose the same. `View.write_uniforms` knows nothing of
+    it."""
     past: bool = False
     """Whether the revision is to cover all that is written before the block's end, the prompt
     included. Under a cache, only what is computed in the step."""

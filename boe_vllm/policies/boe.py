@@ -51,7 +51,8 @@ class BoEPolicy(Policy[BoEConfig]):
         """Rows that a backward or a partial pass over the step's own forward needs."""
         # The second forward of "inject" saves its own rows, but finds frozen ones in the first.
         everything = self.config.active == "all" and self.config.surrogate != "inject"
-        return Needs(rows="all" if everything else "masked")
+        drafts = self.config.commit == "drafts"
+        return Needs(rows="all" if everything else "masked", same_draws=drafts)
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """A surrogate's forward, the backward, and the chain's rounds."""

@@ -7,10 +7,11 @@ held against the prediction of the state before it, and the first that does not 
 was drafted until then is written, and the last state's prediction serves the next step. So a step
 of this kind costs one wide pass and stands for as many steps as drafts hold.
 
-With no slack a draft holds if it is what the bound would write there, position by position: at
-temperature 0 the tokens are those of the bound without drafts, as FreeDave has it (arXiv
-2510.00294). With some slack it holds if the bound allows it there and the least sure of it is so
-much less sure, at most, than what the bound would write.
+With no slack a draft holds if it is what the bound would write there, position by position, and the
+tokens are those of the bound without drafts, as FreeDave has it (arXiv 2510.00294). Above
+temperature 0 that takes draws that can be compared: a position's token is drawn by one random
+number in all states (`Needs.same_draws`). With some slack a draft holds if the bound allows it
+there and the least sure of it is so much less sure, at most, than what the bound would write.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class JointConfig(CompositionConfig):
     + 1 whole states."""
     slack: Annotated[float, Field(ge=0)] | None = 0.1
     """Entropy by which a draft's least sure position may exceed that of what the bound would write,
-    nats; null where it has to be that very set, which at temperature 0 gives the tokens of `rounds`
-    0 in fewer steps."""
+    nats; null where it has to be that very set, which gives the tokens of `drafts` 0 in fewer
+    steps."""
     multiple: Annotated[float, Field(ge=1, le=1e6)] = 2.0
     """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
@@ -125,8 +125,10 @@ class JointPolicy(Policy[JointConfig]):
     )
 
     def needs(self) -> Needs:
-        """What the partial passes need of the step's own forward; whole states need nothing."""
-        return Needs(rows="none" if self.config.commit == "drafts" else "masked")
+        """What the partial passes need of the step's own forward; whole states need nothing, but
+        the draws of the step."""
+        drafts = self.config.commit == "drafts"
+        return Needs(rows="none" if drafts else "masked", same_draws=drafts)
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """The rounds over the pool, the drafted states, or the chain's."""

@@ -105,6 +105,15 @@ def finished(**fields):
     return FinishedCell(**(usual | costs | fields))
 
 
+def test_right_items_are_ones_and_zeros_and_were_a_list_once(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    CellFile(path).append(finished(valid=[True, False, True]))
+    assert json.loads(path.read_text())["valid"] == "101"
+    path.write_text(path.read_text().replace('"101"', "[true, false, true]"))
+    (cell,) = CellFile(path).cells
+    assert cell.valid == [True, False, True]
+
+
 def test_a_file_of_cells_is_read_by_key_digest_and_number_of_items(tmp_path):
     path = tmp_path / "cells.jsonl"
     (cell,) = make_cells(

@@ -29,14 +29,18 @@ def denoiser():
     return Denoiser.from_pretrained(boe_vllm.tiny_model_path())
 
 
-def decoded(denoiser, task, fields, many=12):
+def decoded(denoiser, task, fields, many=12, temperature=0.0, seed=0):
     """Tokens, steps and passes of some items, side by side."""
     loop = denoiser.open_loop(4096)  # rows that a cache may hold
     for n, item in enumerate(TASKS[task].items(many, seed=31)):
         prompt = denoiser.encode(item.prompt)
         canvas = len(denoiser.encode(item.answer))
         params = params_of(
-            fields | {"block_length": canvas}, prompt_len=len(prompt), max_tokens=canvas
+            fields | {"block_length": canvas},
+            prompt_len=len(prompt),
+            max_tokens=canvas,
+            temperature=temperature,
+            seed=seed + n,
         )
         loop.add(str(n), prompt, params)
     tokens, reports = finish(loop)
@@ -194,3 +198,18 @@ def test_a_canvas_in_float64_is_the_same(denoiser):
     double = Denoiser.from_pretrained(boe_vllm.tiny_model_path(), dtype=torch.float64)
     fields = {"policy": "joint", "commit": "drafts", "slack": None}
     assert decoded(double, "sudoku4", fields)[0] == decoded(denoiser, "sudoku4", fields)[0]
+
+
+@pytest.mark.parametrize("bound", BOUNDS[1:3], ids=label)
+@pytest.mark.parametrize("task", ["sudoku4-few", "countdown"])
+def test_without_slack_drawn_tokens_are_those_of_the_bound_too(denoiser, task, bound):
+    """Each position's draw has one random number, whatever is drafted."""
+    fields = {"policy": "joint", "commit": "drafts", "slack": None, **bound}
+    want, plain = decoded(denoiser, task, fields | {"drafts": 0}, temperature=1.0)
+    got, drafted = decoded(denoiser, task, fields, temperature=1.0)
+    assert got == want
+    if bound["bound"] == "entropy":  # a threshold writes likely draws only, here the same ones
+        other, _ = decoded(denoiser, task, fields, temperature=1.0, seed=100)
+        assert other != want
+    steps = [sum(r["denoising_steps"] for r in own.values()) for own in (drafted, plain)]
+    assert steps[0] < steps[1]

@@ -1,7 +1,8 @@
 """Finished cells, one JSON line each, in a file that many runs may read and add to.
 
 A cell that the file has is not run again, whatever else a later run asks for. A line says what it
-is of in a digest (`of`); a line without one is taken as it is.
+is of in a digest (`of`); a line without one is taken as it is. Which items are right is one string
+of ones and zeros (in older files a list).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class CellFile:
                 file.truncate(whole)
         for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
             try:
-                self._cells.append(FinishedCell(**json.loads(line)))
+                self._cells.append(_read(line))
             except (json.JSONDecodeError, TypeError):
                 raise ValueError(
                     f"--cells: expected a finished cell in {path}:{number}, got {line[:60]!r}; "
@@ -138,4 +139,14 @@ class CellFile:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(cell)) + "\n")
+                file.write(_written(cell) + "\n")
+
+
+def _read(line: str) -> FinishedCell:
+    cell = FinishedCell(**json.loads(line))
+    return dataclasses.replace(cell, valid=[right in ("1", True) for right in cell.valid])
+
+
+def _written(cell: FinishedCell) -> str:
+    valid = "".join("01"[right] for right in cell.valid)
+    return json.dumps(dataclasses.asdict(cell) | {"valid": valid})

@@ -46,6 +46,8 @@ NEAR = 0.98
 SEQUENTIAL = "confidence"
 MOST_COLUMNS = 3
 """Panels side by side."""
+DRAWN = 0.6
+"""Part of a task's best share below which a point is not drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,13 +193,16 @@ def table(
 
 
 def draw(own: Sequence[Point], cost: Cost) -> Figure:
-    """One panel per task, a few side by side; a colour per policy, a point per setting, the front
-    as a line. Points without the cost are left out.
+    """One panel per task, a few side by side; a colour and a mark per policy, a point per setting,
+    the front as a line. Points on it have their intervals, the others are pale. Points without the
+    cost are left out, and those of less than `DRAWN` of the best share.
 
     Raises:
         ValueError: when no point has it.
     """
     own = [p for p in own if cost in p.costs]
+    best = {p.task: max(q.share for q in own if q.task == p.task) for p in own}
+    own = [p for p in own if p.share >= DRAWN * best[p.task]]
     if not own:
         raise ValueError(f"cost: expected one that some point has, got {cost!r}; name another")
     tasks = list(dict.fromkeys(p.task for p in own))
@@ -239,22 +244,32 @@ def _panel(axis: Axes, own: Sequence[Point], policies: Sequence[str], cost: Cost
         zorder=1,
     )
     for number, policy in enumerate(policies):
+        turn = number // len(figure.PALETTE)  # colours come again, with other marks
+        look: dict[str, Any] = {
+            "color": figure.PALETTE[number % len(figure.PALETTE)],
+            "marker": figure.MARKERS[(number + turn) % len(figure.MARKERS)],
+            "linestyle": "none",
+        }
         mine = [p for p in own if p.policy == policy]
-        if not mine:
-            continue
-        ends = [wilson(sum(p.valid), len(p.valid)) for p in mine]
-        axis.errorbar(
-            [p.cost(cost) for p in mine],
-            [100 * p.share for p in mine],
-            yerr=[
-                [100 * max(0.0, p.share - low) for p, (low, _) in zip(mine, ends, strict=True)],
-                [100 * max(0.0, high - p.share) for p, (_, high) in zip(mine, ends, strict=True)],
-            ],
-            label=policy,
-            color=figure.PALETTE[number % len(figure.PALETTE)],
-            marker=figure.MARKERS[number % len(figure.MARKERS)],
-            linestyle="none",
-            markersize=6,
-            elinewidth=0.6,
-            capsize=2,
-        )
+        x, y = [p.cost(cost) for p in mine], [100 * p.share for p in mine]
+        axis.plot(x, y, label=policy, markersize=5, alpha=0.35, zorder=2, **look)
+        _marked(axis, [p for p in mine if p in best], cost, look)
+
+
+def _marked(axis: Axes, mine: Sequence[Point], cost: Cost, look: Mapping[str, Any]) -> None:
+    """Points on the front, with their intervals."""
+    if not mine:
+        return
+    ends = [wilson(sum(p.valid), len(p.valid)) for p in mine]
+    below = [100 * max(0.0, p.share - low) for p, (low, _) in zip(mine, ends, strict=True)]
+    above = [100 * max(0.0, high - p.share) for p, (_, high) in zip(mine, ends, strict=True)]
+    axis.errorbar(
+        [p.cost(cost) for p in mine],
+        [100 * p.share for p in mine],
+        yerr=[below, above],
+        markersize=7,
+        elinewidth=0.6,
+        capsize=2,
+        zorder=3,
+        **look,
+    )
