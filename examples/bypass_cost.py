@@ -1,12 +1,15 @@
 """Processor time of a step of `boe` over one of `confidence`, on whole decodes, by kind of step.
 
     python examples/bypass_cost.py --requests 1 --repeats 6
-    python examples/bypass_cost.py --widen 8 --task addition --repeats 3
+    python examples/bypass_cost.py --widen 8 --solved 0 --requests 3 --repeats 3
 
-The bundled model solves puzzles behind solved ones: 256 positions, blocks of 32, one token a step.
-The policies step in turn, each decode is repeated, and of every step the shortest time counts. A
-step that is sure runs no backward (`bypass`); "all steps" is the mean cost, "without" that of the
-steps in which `boe` ran none, over the same steps of `confidence`.
+The bundled model decodes a puzzle behind solved ones: 256 positions, blocks of 32, one token a
+step. That is beyond the lengths it was trained on: it is unsure in many more steps than in the
+decodes that it can do (`--solved 0`: a puzzle alone, on its own canvas). The policies step in turn,
+each decode is repeated, and of every step the shortest time counts. A step that is sure runs no
+backward (`bypass`); "all steps" is the mean cost, "without" that of the steps in which `boe` ran
+none, over the same steps of `confidence`. A step of several requests counts as "with" where at
+least one of them ran a backward.
 
 The bundled network is so small that a step is mostly launches and Python. `--widen K` gives it K
 times the width, the heads and the inner width of its MLPs, all of the new weights zero: it predicts
@@ -42,10 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
 class Decode:
     """All requests under one policy, step by step."""
 
-    def __init__(self, denoiser: Denoiser, prompts: list[list[int]], fields: dict[str, Any]):
+    def __init__(
+        self, denoiser: Denoiser, prompts: list[list[int]], canvas: int, fields: dict[str, Any]
+    ):
         self.loop = denoiser.open_loop(0)
         settings = {"block_length": 32, "tokens_per_step": 1, **fields}
-        canvas = LENGTH - max(map(len, prompts))
         for number, prompt in enumerate(prompts):
             sampling = SamplingFields(max_tokens=canvas, temperature=0.0, seed=number)
             self.loop.add(str(number), prompt, denoiser.resolve(prompt, sampling, settings))
@@ -66,6 +70,10 @@ class Decode:
             if result.done:
                 self.loop.remove(name)
         return bool(self.loop.canvases)
+
+    def kinds(self) -> str:
+        """How many steps ran a backward."""
+        return f"{np.mean(self.backward):.2f} of {len(self.backward)} steps with a backward"
 
 
 def denoiser_of(widen: int) -> Denoiser:
@@ -91,66 +99,73 @@ def padded(tensor: torch.Tensor, widen: int, vocabulary: int) -> torch.Tensor:
     return F.pad(tensor, (0, (widen - 1) * columns, 0, below))
 
 
-def prompts_of(denoiser: Denoiser, task: str, requests: int) -> list[list[int]]:
-    """As many solved puzzles as leave room for an answer, and one to solve."""
-    most = LENGTH - TASKS[task].gen_length
-    items = iter(TASKS[task].items(LENGTH // 8 * requests, seed=5))
-    prompts, item = [], next(items)
-    for _ in range(requests):
-        solved = ""
-        while True:
-            tokens = denoiser.encode(solved + item.prompt)
-            solved, item = solved + item.prompt + item.answer, next(items)
-            if len(denoiser.encode(solved + item.prompt)) > most:
-                break
-        prompts.append(tokens)
-    return prompts
+def prompts_of(
+    denoiser: Denoiser, task: str, solved: int, requests: int
+) -> tuple[list[list[int]], int]:
+    """For each request some solved puzzles and one to solve; and the length of the canvases."""
+    count = solved + 1
+    items = TASKS[task].items(count * requests, seed=5)
+    texts = []
+    for start in range(0, len(items), count):
+        *before, last = items[start : start + count]
+        texts.append("".join(item.prompt + item.answer for item in before) + last.prompt)
+    prompts = [denoiser.encode(text) for text in texts]
+    return prompts, LENGTH - max(map(len, prompts)) if solved else TASKS[task].gen_length
 
 
-def decodes_of(denoiser: Denoiser, prompts: list[list[int]]) -> dict[str, Decode]:
+def decodes_of(denoiser: Denoiser, asked: tuple[list[list[int]], int]) -> dict[str, Decode]:
     """Decodes under every policy, which stepped in turn."""
-    decodes = {name: Decode(denoiser, prompts, fields) for name, fields in CASES.items()}
+    decodes = {name: Decode(denoiser, *asked, fields) for name, fields in CASES.items()}
     running = list(decodes.values())
     while running:
         running = [decode for decode in running if decode.step()]
     return decodes
 
 
-def agreements(decodes: dict[str, Decode], prompts: list[list[int]]) -> Iterator[str]:
+def costs(decodes: dict[str, Decode], times: dict[str, list[list[float]]]) -> Iterator[str]:
+    """One line for each policy, from the times of every repeat."""
+    plain = np.min(times["confidence"], 0)
+    for name, decode in decodes.items():
+        own, steers = np.min(times[name], 0), np.array(decode.backward)
+        parts = {"all steps": steers | True, "with": steers, "without": ~steers}
+        ratios = {
+            part: f"{own[steps].sum() / plain[steps].sum():.3f}"
+            for part, steps in parts.items()
+            if steps.any()
+        }
+        text = ", ".join(f"{part} {ratio}" for part, ratio in ratios.items())
+        yield f"{name}: {decode.kinds()}; over confidence: {text}"
+
+
+def agreements(decodes: dict[str, Decode], bundled: dict[str, Decode]) -> Iterator[str]:
     """What of each decode the bundled network, as it is, does alike."""
-    for name, plain in decodes_of(denoiser_of(1), prompts).items():
-        own = decodes[name]
-        same = np.array(own.tokens) == np.array(plain.tokens)
-        share = f"{np.mean(plain.backward):.2f} of {len(plain.backward)} steps with a backward"
-        yield f"{name}: {same.sum()} of {same.size} tokens as without --widen; there {share}"
+    for name, plain in bundled.items():
+        same = np.array(decodes[name].tokens) == np.array(plain.tokens)
+        yield f"{name}: {same.sum()} of {same.size} tokens as without --widen; {plain.kinds()}"
 
 
 def main() -> None:
     """Decode, and print one line for each policy."""
     parser = argparse.ArgumentParser(description="The cost of boe on whole decodes.")
     parser.add_argument("--task", choices=TASKS, default="sudoku6")
-    parser.add_argument("--widen", type=int, default=1)
+    parser.add_argument("--solved", type=int, default=2, help="puzzles before the asked one")
+    parser.add_argument("--widen", type=int, default=1, help="times the width, in zeros")
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(1)
     denoiser = denoiser_of(args.widen)
-    prompts = prompts_of(denoiser, args.task, args.requests)
+    asked = prompts_of(denoiser, args.task, args.solved, args.requests)
     times: dict[str, list[list[float]]] = {name: [] for name in CASES}
     for _ in range(args.repeats):
-        decodes = decodes_of(denoiser, prompts)
+        decodes = decodes_of(denoiser, asked)
         for name, decode in decodes.items():
             times[name].append(decode.seconds)
-    plain = np.min(times["confidence"], 0)
-    for name, decode in decodes.items():
-        own, steers = np.min(times[name], 0), np.array(decode.backward)
-        parts = {"all steps": steers | True, "with": steers, "without": ~steers}
-        ratios = {k: own[part].sum() / plain[part].sum() for k, part in parts.items() if part.any()}
-        text = ", ".join(f"{k} {ratio:.2f}" for k, ratio in ratios.items())
-        kinds = f"{steers.mean():.2f} of {len(own)} steps with a backward"
-        print(f"{name}: {kinds}; over confidence: {text}")
+    milliseconds = 1000 * np.min(times["confidence"], 0).mean()
+    print(f"confidence: {milliseconds:.1f} ms a step")
+    print(*costs(decodes, times), sep="\n")
     if args.widen > 1:
-        print(*agreements(decodes, prompts), sep="\n")
+        print(*agreements(decodes, decodes_of(denoiser_of(1), asked)), sep="\n")
 
 
 if __name__ == "__main__":

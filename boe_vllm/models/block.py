@@ -67,7 +67,7 @@ class DenseMlp(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As `Mlp`; what is saved are the pre-activations, [A, 2F]."""
         gate_up = matmul_rows(normed_ND, self.gate_up_proj.weight.t(), scratch)
-        saved = None if saved_A is None else gate_up[saved_A]
+        saved = None if saved_A is None else gate_up.index_select(0, saved_A)
         return matmul_rows(swiglu_(gate_up), self.ff_out.weight.t()), saved
 
     def backward(self, dy_AD: Tensor, saved: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class GeluMlp(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As `Mlp`; what is saved are the pre-activations, [A, F]."""
         up = matmul_rows(normed_ND, self.up_proj.weight.t(), scratch).add_(self.up_bias)
-        saved = None if saved_A is None else up[saved_A]
+        saved = None if saved_A is None else up.index_select(0, saved_A)
         active = plain.gelu(up)
         return matmul_rows(active, self.ff_out.weight.t()).add_(self.out_bias), saved
 
@@ -191,7 +191,8 @@ class Block(nn.Module):
         flat_q, flat_k = (x.reshape(-1, self.head_size) for x in (q, k))
         normed_q = rms_norm(flat_q, self.q_norm, self.eps).view(q.shape)
         normed_k = rms_norm(flat_k, self.k_norm, self.eps).view(k.shape)
-        return (normed_q, normed_k), None if saved_A is None else heads_NXP[saved_A]
+        before = None if saved_A is None else heads_NXP.index_select(0, saved_A)
+        return (normed_q, normed_k), before
 
     def attend(self, x_ND: Tensor, mixed_NHP: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm for the MLP, [N, D] each."""

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         normed: Tensor | None = self.norm_first(x_TD)
         keep = any(layout.saved_lens)
         index_A = layout.saved_index
-        saved = SavedPass(layout, rotary[:, index_A], []) if keep else None
+        saved = SavedPass(layout, rotary.index_select(1, index_A), []) if keep else None
         places: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         if keep and memory and x_TD.device.type == "cpu":
             places = [*self._key_value_memory(x_TD, memory)]
@@ -146,11 +146,11 @@ class Decoder(nn.Module):
                 after, normed, self.norm_after(index), index_A if keep else None, self.scratch
             )
             if saved is not None:
-                before, after, q = x_TD[index_A], after[index_A], q[index_A]
+                before, after, q = (x.index_select(0, index_A) for x in (x_TD, after, q))
                 saved.layers.append(SavedLayer(before, after, q, mlp, k, v, heads))
             x_TD = out
         if saved is not None:
-            saved.final_AD = x_TD[index_A]
+            saved.final_AD = x_TD.index_select(0, index_A)
         return self.norm_last(x_TD[layout.logit_index]), saved
 
     def backward(

@@ -78,7 +78,8 @@ class BoEPolicy(Policy[BoEConfig]):
     def bounded(self, view: View) -> Asking:
         """What the bound allows, or where it is one unsure position the best by score; then rounds
         or drafts."""
-        config, scores, bound = self.config, certainty(view, "entropy"), self.config.allowed()
+        config, bound = self.config, self.config.allowed()
+        scores = certainty(view, "confidence" if bound.rule == "threshold" else "entropy")
         first = bounded_set(view.entropy, view.confidence, bound)
         if undecided(view.confidence, first, config):
             pivot = yield from self.choose(dataclasses.replace(view, quota=1))

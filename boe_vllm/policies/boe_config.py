@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 
 from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
-from boe_vllm.policies.bounded import Bound
+from boe_vllm.policies.bounded import Bound, Rule
 from boe_vllm.policies.composition import CompositionConfig
 from boe_vllm.policies.drafted import Drafting
 from boe_vllm.steering.importance import Context, Surrogate
@@ -36,6 +36,7 @@ _PAPER: dict[str, Any] = {
     "rounds": 1,
     "pool": 64,
     "trust": 0.5,
+    "bound": "entropy",
     "drafts": 3,
     "slack": 0.1,
 }
@@ -143,12 +144,15 @@ class BoEConfig(CompositionConfig):
     """How several tokens are chosen: the best scores ("top", the paper's ranking), or the best one
     and then, by the chain rule, what is likeliest once the chosen ones are written ("chain")."""
     commit: Literal["rounds", "drafts", "quota", "eb", "threshold"] | None = None
-    """How many positions are written: what the bound `gamma` allows, in the step's own prediction
-    and then in a partial one ("rounds") or with drafted next steps ("drafts"), as `joint` does with
-    `bound` "entropy"; where it allows but one that is not sure, that one is chosen by its score. As
-    many as are due ("quota"), or a
+    """How many positions are written: what `bound` allows, in the step's own prediction and then in
+    a partial one ("rounds") or with drafted next steps ("drafts"), as `joint` does; where it allows
+    but one that is not sure, that one is chosen by its score. As many as are due ("quota"), or a
     prefix of these ("eb", "threshold"). Default: "quota", with which every undecided step runs its
     backward."""
+    bound: Rule = "entropy"
+    """What may be written from one prediction under `commit` "rounds" and "drafts": as many as
+    `gamma` allows; or all tokens of probability `threshold`, or the most probable one where there
+    is none ("threshold")."""
     gamma: Annotated[float, Field(ge=0)] = 0.01
     """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
     rounds: Annotated[int, Field(ge=0, le=64)] = 1
@@ -173,8 +177,9 @@ class BoEConfig(CompositionConfig):
 
     def allowed(self) -> Bound:
         """What `commit` "rounds" is set to, whose bound "drafts" has too."""
+        limit = self.threshold if self.bound == "threshold" else self.gamma
         return Bound(
-            rule="entropy", limit=self.gamma, pool=self.pool, rounds=self.rounds, trust=self.trust
+            rule=self.bound, limit=limit, pool=self.pool, rounds=self.rounds, trust=self.trust
         )
 
     def __post_init__(self) -> None:

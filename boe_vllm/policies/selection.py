@@ -66,9 +66,9 @@ def chain_set(
             break
         joining = [int(i) for n, i in enumerate(order) if n == 0 or confidence[i] >= certain]
         chosen += joining[:room]
-        left = np.setdiff1d(left, chosen)
         if len(chosen) == view.quota:
             break
+        left = np.setdiff1d(left, chosen)
         given: Conditioned = yield Conditional(
             written=candidates[chosen],
             tokens=tokens[chosen],

@@ -176,13 +176,21 @@ def test_a_score_for_the_unsure_position_needs_a_forward_of_its_own():
     assert sure.carry is not None
 
 
-def test_boe_lets_the_score_choose_the_unsure_position(denoiser):
-    """With a backward in each step that has one; without any where every token is sure enough."""
-    _, steered = decoded(denoiser, "sudoku4-few", {"policy": "boe", "commit": "drafts"})
+@pytest.mark.parametrize(
+    "bound, rival",
+    [
+        ({"bound": "entropy"}, {"policy": "eb", "gamma": 0.01}),
+        ({"bound": "threshold", "threshold": 0.99}, {"policy": "threshold", "threshold": 0.99}),
+    ],
+)
+def test_boe_lets_the_score_choose_the_unsure_position(denoiser, bound, rival):
+    """With a backward in each step that has one; without any where every token is sure enough, and
+    then it is the bound's own policy."""
+    _, steered = decoded(denoiser, "sudoku4-few", {"policy": "boe", "commit": "drafts", **bound})
     assert sum(report["backwards"] for report in steered.values()) > 0
     fields = {"policy": "boe", "commit": "drafts", "bypass": 1e-9, "slack": None}
-    got, plain = decoded(denoiser, "sudoku4-few", fields)
-    want, _ = decoded(denoiser, "sudoku4-few", {"policy": "eb", "gamma": 0.01})
+    got, plain = decoded(denoiser, "sudoku4-few", fields | bound)
+    want, _ = decoded(denoiser, "sudoku4-few", rival)
     assert sum(report["backwards"] for report in plain.values()) == 0
     assert got == want
 
