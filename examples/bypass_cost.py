@@ -5,7 +5,7 @@
 
 The bundled model decodes a puzzle behind solved ones: 256 positions, blocks of 32, one token a
 step. That is beyond the lengths it was trained on: it is unsure in many more steps than in the
-decodes that it can do (`--solved 0`: a puzzle alone, on its own canvas). The policies step in turn,
+decodes that it can do (`--solved 0`: a puzzle alone, in one block). The policies step in turn,
 each decode is repeated, and of every step the shortest time counts. A step that is sure runs no
 backward (`bypass`); "all steps" is the mean cost, "without" that of the steps in which `boe` ran
 none, over the same steps of `confidence`. A step of several requests counts as "with" where at
@@ -20,6 +20,7 @@ of the network as it is, and what share of the steps ran a backward there, is pr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -42,20 +43,28 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is decoded."""
+
+    prompts: list[list[int]]
+    canvas: int
+    """Length, in tokens."""
+    block: int
+
+
 class Decode:
     """All requests under one policy, step by step."""
 
-    def __init__(
-        self, denoiser: Denoiser, prompts: list[list[int]], canvas: int, fields: dict[str, Any]
-    ):
+    def __init__(self, denoiser: Denoiser, asked: Asked, fields: dict[str, Any]):
         self.loop = denoiser.open_loop(0)
-        settings = {"block_length": 32, "tokens_per_step": 1, **fields}
-        for number, prompt in enumerate(prompts):
-            sampling = SamplingFields(max_tokens=canvas, temperature=0.0, seed=number)
+        settings = {"block_length": asked.block, "tokens_per_step": 1, **fields}
+        for number, prompt in enumerate(asked.prompts):
+            sampling = SamplingFields(max_tokens=asked.canvas, temperature=0.0, seed=number)
             self.loop.add(str(number), prompt, denoiser.resolve(prompt, sampling, settings))
         self.seconds: list[float] = []
         self.backward: list[bool] = []
-        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.tokens: list[list[int]] = [[] for _ in asked.prompts]
 
     def step(self) -> bool:
         """One step; whether another one follows."""
@@ -99,23 +108,23 @@ def padded(tensor: torch.Tensor, widen: int, vocabulary: int) -> torch.Tensor:
     return F.pad(tensor, (0, (widen - 1) * columns, 0, below))
 
 
-def prompts_of(
-    denoiser: Denoiser, task: str, solved: int, requests: int
-) -> tuple[list[list[int]], int]:
-    """For each request some solved puzzles and one to solve; and the length of the canvases."""
-    count = solved + 1
+def asked_of(denoiser: Denoiser, task: str, solved: int, requests: int) -> Asked:
+    """For each request some solved puzzles and one to solve; one without any is a block."""
+    count, own = solved + 1, TASKS[task].gen_length
     items = TASKS[task].items(count * requests, seed=5)
     texts = []
     for start in range(0, len(items), count):
         *before, last = items[start : start + count]
         texts.append("".join(item.prompt + item.answer for item in before) + last.prompt)
     prompts = [denoiser.encode(text) for text in texts]
-    return prompts, LENGTH - max(map(len, prompts)) if solved else TASKS[task].gen_length
+    if not solved:
+        return Asked(prompts=prompts, canvas=own, block=own)
+    return Asked(prompts=prompts, canvas=LENGTH - max(map(len, prompts)), block=32)
 
 
-def decodes_of(denoiser: Denoiser, asked: tuple[list[list[int]], int]) -> dict[str, Decode]:
+def decodes_of(denoiser: Denoiser, asked: Asked) -> dict[str, Decode]:
     """Decodes under every policy, which stepped in turn."""
-    decodes = {name: Decode(denoiser, *asked, fields) for name, fields in CASES.items()}
+    decodes = {name: Decode(denoiser, asked, fields) for name, fields in CASES.items()}
     running = list(decodes.values())
     while running:
         running = [decode for decode in running if decode.step()]
@@ -155,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     denoiser = denoiser_of(args.widen)
-    asked = prompts_of(denoiser, args.task, args.solved, args.requests)
+    asked = asked_of(denoiser, args.task, args.solved, args.requests)
     times: dict[str, list[list[float]]] = {name: [] for name in CASES}
     for _ in range(args.repeats):
         decodes = decodes_of(denoiser, asked)

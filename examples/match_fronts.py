@@ -7,9 +7,9 @@
 Settings are chosen on one file of cells and reported from the other, which has other items. Of the
 rivals' settings, those on their common front by the cost are kept where they reach `--least` of the
 share of one token a step. Each is met by the policy's cheapest setting that reaches its share there
-(and, with `--passes`, needs at most so many times its passes). The table has both on the reported
-items: shares, the exact McNemar p, and the ratios of passes and rows. Where no setting of the
-policy reaches the share on the choosing items, the line says so.
+(or `--within` less, and with at most `--passes` times its passes). The table has both on the
+reported items: shares, the exact McNemar p, and the ratios of passes and rows. Where no setting of
+the policy reaches the share on the choosing items, the line says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def answer_to(
         for p in chosen
         if p.policy == args.policy
         and (p.task, p.label) in reported
-        and p.share >= rival.share
+        and p.share >= rival.share - args.within
         and p.passes <= args.passes * rival.passes
         and all(word in p.label for word in args.having)
     ]
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--leave-out", type=names, default=["joint", "boe"], help="of the others")
     parser.add_argument("--cost", choices=("passes", "rows"), default="rows")
     parser.add_argument("--passes", type=float, default=math.inf, help="most, over the rival's")
+    parser.add_argument("--within", type=float, default=0.0, help="less of the share, at most")
     parser.add_argument("--least", type=float, default=0.9, help="of one token a step's share")
     args = parser.parse_args()
     head = [

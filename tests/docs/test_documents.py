@@ -52,6 +52,9 @@ RUN_BY = {
     r"python examples/notebook.py": "tests/denoiser/test_denoiser.py::test_the_example_runs",
     r"python examples/throughput.py": f"{HERE}::test_the_throughput_example_runs",
     r".*python examples/soak.py": f"{HERE}::test_the_soak_runs",
+    r"python examples/match_fronts.py": (
+        "tests/lab/test_fronts.py::test_the_example_meets_each_share"
+    ),
     r"python examples/train_scorer.py": f"{HERE}::test_the_tables_commands_run",
     r"boe-vllm eval --model tiny --(table|figure)": f"{HERE}::test_the_tables",
     r"boe-vllm eval --model tiny-text": (

@@ -3,6 +3,9 @@ reported on."""
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +132,42 @@ def test_what_the_command_cannot_draw_is_named(tmp_path, capsys):
 def test_a_bound_decides_its_own_rate():
     assert own_rate({"policy": "eb"}) and own_rate({"policy": "joint", "commit": "rounds"})
     assert not own_rate({"policy": "joint"}) and not own_rate({"policy": "confidence"})
+
+
+def test_the_example_meets_each_share_of_the_rivals(tmp_path):
+    """By the cheapest setting that reached it on the choosing items, reported on the others."""
+    chosen = [*CELLS, cell("joint:commit=drafts", 89, 9, 400), cell("eb:gamma=9", 10, 1, 10)]
+    reported = [dataclasses.replace(one, valid=one.valid[::-1]) for one in chosen]
+    for name, cells in (("chosen", chosen), ("reported", reported)):
+        file = CellFile(tmp_path / f"{name}.jsonl")
+        for one in cells:
+            file.append(one)
+    files = ["--cells", tmp_path / "reported.jsonl", "--chosen-on", tmp_path / "chosen.jsonl"]
+    example = Path(__file__).parents[2] / "examples" / "match_fronts.py"
+
+    def table(*options):
+        run = subprocess.run(
+            [sys.executable, str(example), *map(str, files), *options],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()]
+        return [row[1:] for row in rows[2:]]
+
+    rows = table("--rivals", "eb", "--cost", "rows", "--passes", "1.1", "--least", "0.5")
+    assert rows == [
+        [
+            "eb:gamma=0.1",
+            "0.800",
+            "12.00",
+            "joint:commit=drafts",
+            "0.890",
+            "0.0039",
+            "0.75",
+            "3.33",
+        ],
+        ["eb:gamma=0.01", "0.890", "16.00", "joint:commit=drafts", "0.890", "1", "0.56", "2.50"],
+    ]
+    (row,) = table("--rivals", "eb", "--cost", "rows", "--passes", "1.1", "--within", "0.01")
+    assert row[3:] == ["joint:commit=rounds", "0.880", "1", "1.06", "0.62"]
+    (row,) = table("--rivals", "confidence", "--cost", "passes")
+    assert row[0] == "confidence, 1 a step" and row[3] == "none"
