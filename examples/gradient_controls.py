@@ -10,13 +10,13 @@ has them, and leaves three choices open (`docs/method.md` has what came of it):
     trigger  what ends the partial rounds when it has grown beyond `most`: the sum over what was
              written since the last full pass of the score's size ("tis") or of 1 ("count")
 
-    python examples/gradient_controls.py --tasks sudoku6 --limit 200 --seed 778 --policies \
+    python examples/gradient_controls.py --tasks sudoku6 --limit 500 --seed 778 --policies \
         choice,choice:order=tis,choice:order=random --cells docs/results/gradient-controls.jsonl
 
 takes all options of `boe-vllm eval`; `--model tiny --whole-canvas --in-process` are set. The file
 has what was run: these, `choice:rounds=1:pool=8:context=tis` and `=random`, `choice:rounds=64` with
 `trigger=tis:most=0.3`, `=1`, `trigger=count:most=4`, `=8`, and the orders on `countdown`
-(`--limit 300`).
+(the same items' number and seed).
 """
 
 from __future__ import annotations
