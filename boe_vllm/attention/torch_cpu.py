@@ -83,17 +83,15 @@ def backward(
     # A group's query heads are more rows against the same keys: the sum over the group, which the
     # gradients of k and v need, becomes part of the matrix product.
     rows = [active * group for active in layout.active_seqlens]
-    q_GnP = _by_key_head(q_AHP, heads, dtype).split_with_sizes(rows, 1)
-    do_GnP = _by_key_head(do_AHP, heads, dtype).split_with_sizes(rows, 1)
-    k_GsP, v_GsP = (
-        x.transpose(0, 1).split_with_sizes(layout.kv_seqlens, 1) for x in (k_SGP, v_SGP)
-    )
+    q_GnP = _by_key_head(q_AHP, heads, dtype).split(rows, 1)
+    do_GnP = _by_key_head(do_AHP, heads, dtype).split(rows, 1)
+    k_GsP, v_GsP = (x.transpose(0, 1).split(layout.kv_seqlens, 1) for x in (k_SGP, v_SGP))
     # Sequence by sequence, so that every product is written where it belongs.
     dq_packed = q_AHP.new_empty((layout.num_active * heads * group, width), dtype=dtype)
     dk_packed, dv_packed = q_AHP.new_empty((2, layout.num_active * heads, width), dtype=dtype)
-    dq_nP = dq_packed.split_with_sizes([n * heads for n in rows])
+    dq_nP = dq_packed.split([n * heads for n in rows])
     dk_nP, dv_nP = (
-        x.split_with_sizes([active * heads for active in layout.active_seqlens])
+        x.split([active * heads for active in layout.active_seqlens])
         for x in (dk_packed, dv_packed)
     )
     tiles, buffers = _tiles(q_AHP, layout, heads=heads, dtype=dtype, tile_bytes=tile_bytes)

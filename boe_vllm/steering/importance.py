@@ -227,11 +227,10 @@ def _active_rows(current: DenoisingPass, members: Sequence[Member]) -> FloatArra
     active = np.zeros((sum(current.layout.saved_lens), 1, 1))
     for member in members:
         start, chosen = current.layout.saved_starts[member.place], member.query.active
-        if chosen is None:
-            active[start : start + current.layout.saved_lens[member.place]] = 1
-        else:
-            active[start + chosen] = 1
-            active[current.read_saved_rows(member.place, chosen)] = 1
+        rows: slice | list[int] = slice(start, start + current.layout.saved_lens[member.place])
+        if chosen is not None:
+            rows = [*start + chosen, *current.read_saved_rows(member.place, chosen)]
+        active[rows] = 1
     return active
 
 
