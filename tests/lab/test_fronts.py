@@ -3,7 +3,7 @@ reported on."""
 
 import dataclasses
 import itertools
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def test_a_bound_decides_its_own_rate():
     assert not own_rate({"policy": "joint"}) and not own_rate({"policy": "confidence"})
 
 
-def test_the_example_meets_each_share_of_the_rivals(tmp_path):
+def test_the_example_meets_each_share_of_the_rivals(tmp_path, monkeypatch, capsys):
     """By the cheapest setting that reached it on the choosing items, reported on the others."""
     chosen = [*CELLS, cell("joint:commit=drafts", 89, 9, 400), cell("eb:gamma=9", 10, 1, 10)]
     reported = [dataclasses.replace(one, valid=one.valid[::-1]) for one in chosen]
@@ -146,11 +146,10 @@ def test_the_example_meets_each_share_of_the_rivals(tmp_path):
     example = Path(__file__).parents[2] / "examples" / "match_fronts.py"
 
     def table(*options):
-        run = subprocess.run(
-            [sys.executable, str(example), *map(str, files), *options],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()]
+        monkeypatch.setattr(sys, "argv", [str(example), *map(str, files), *options])
+        runpy.run_path(str(example), run_name="__main__")
+        printed = capsys.readouterr().out
+        rows = [line.strip("| ").split(" | ") for line in printed.splitlines()]
         return [row[1:] for row in rows[2:]]
 
     rows = table("--rivals", "eb", "--cost", "rows", "--passes", "1.1", "--least", "0.5")
