@@ -18,9 +18,9 @@ import numpy as np
 from boe_vllm.base.arrays import FloatArray, IntArray
 from boe_vllm.policies.base import Commit, Needs, Policy, View, candidates_of, certainty, log, top
 from boe_vllm.policies.boe_config import PRESETS, BoEConfig
-from boe_vllm.policies.bounded import bounded_commit, bounded_rows, bounded_set
+from boe_vllm.policies.bounded import bounded_commit, bounded_set
 from boe_vllm.policies.composition import allowed_count, composed
-from boe_vllm.policies.drafted import drafted_commit, drafted_rows
+from boe_vllm.policies.drafted import drafted_commit
 from boe_vllm.policies.selection import chain_rows, chain_set, over_all
 from boe_vllm.steering.importance import TokenImportance
 
@@ -62,10 +62,8 @@ class BoEPolicy(Policy[BoEConfig]):
         forward = {"mask": 0, "inject": masks if config.context == "frozen" else length}
         backward = length if config.active == "all" else masks
         chain = chain_rows(candidates, due) if config.sets == "chain" else 0
-        if config.commit == "drafts":
-            chain = drafted_rows(length, config.drafts)
-        elif config.adapts:
-            chain = bounded_rows(masks, config.rounds)
+        if config.adapts:
+            chain = config.bounded_rows(masks=masks, length=length)
         return forward.get(config.surrogate, candidates) + backward + chain
 
     def step(self, view: View) -> Asking:

@@ -8,9 +8,8 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 
 from boe_vllm.base.options import options, shown
 from boe_vllm.policies.base import Certainty
-from boe_vllm.policies.bounded import Bound, Rule
-from boe_vllm.policies.composition import CompositionConfig
-from boe_vllm.policies.drafted import Drafting
+from boe_vllm.policies.bounded import Rule
+from boe_vllm.policies.bounded_config import BoundedConfig
 from boe_vllm.steering.importance import Context, Surrogate
 
 _PAPER: dict[str, Any] = {
@@ -89,7 +88,7 @@ GainScale = Annotated[
 
 
 @options
-class BoEConfig(CompositionConfig):
+class BoEConfig(BoundedConfig):
     """Backward-on-Entropy: prefer what, revealed, lowers the entropy of the masks, by one backward.
 
     A candidate's score is `risk ln p + gain_scale TIS`: how likely its token is right, and the
@@ -153,37 +152,12 @@ class BoEConfig(CompositionConfig):
     """What may be written from one prediction under `commit` "rounds" and "drafts": as many as
     `gamma` allows; or all tokens of probability `threshold`, or the most probable one where there
     is none ("threshold")."""
-    gamma: Annotated[float, Field(ge=0)] = 0.01
-    """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
-    rounds: Annotated[int, Field(ge=0, le=64)] = 1
-    """Partial predictions in a step under `commit` "rounds"."""
-    pool: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Positions that such a round predicts again, the surest of the block."""
-    trust: Annotated[float, Field(ge=0)] = 0.5
-    """Entropy of the surest position left up to which a round is run, and then writes, nats."""
-    drafts: Annotated[int, Field(ge=0, le=16)] = 3
-    """Next steps that a step drafts under `commit` "drafts". Its wide pass has the rows of `drafts`
-    + 1 whole states."""
-    slack: Annotated[float, Field(ge=0)] | None = 0.1
-    """Entropy by which a draft's least sure position may exceed that of what the bound would write,
-    nats; null where it has to be that very set."""
     bypass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Probability from which no backward is run when all tokens of the step reach it; null for
     never. The positions are then taken by probability."""
 
-    def drafting(self) -> Drafting:
-        """What `commit` "drafts" is set to."""
-        return Drafting(drafts=self.drafts, slack=self.slack)
-
-    def allowed(self) -> Bound:
-        """What `commit` "rounds" is set to, whose bound "drafts" has too."""
-        limit = self.threshold if self.bound == "threshold" else self.gamma
-        return Bound(
-            rule=self.bound, limit=limit, pool=self.pool, rounds=self.rounds, trust=self.trust
-        )
-
     def __post_init__(self) -> None:
-        CompositionConfig.__post_init__(self)
+        BoundedConfig.__post_init__(self)
         if self.active == "candidates" and self.objective == "remaining":
             raise ValueError(
                 "active='candidates' with objective='remaining' gives an identically zero "

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from boe_vllm.base.options import options
 from boe_vllm.policies.base import Certainty, Commit, Needs, Policy, View, certainty
-from boe_vllm.policies.bounded import Bound, Rule, bounded_commit, bounded_rows, bounded_set
-from boe_vllm.policies.composition import CompositionConfig, composed
-from boe_vllm.policies.drafted import Drafting, drafted_commit, drafted_rows
+from boe_vllm.policies.bounded import bounded_commit, bounded_set
+from boe_vllm.policies.bounded_config import BoundedConfig
+from boe_vllm.policies.composition import composed
+from boe_vllm.policies.drafted import drafted_commit
 from boe_vllm.policies.selection import (
     CERTAIN,
     chain_rows,
@@ -51,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @options
-class JointConfig(CompositionConfig):
+class JointConfig(BoundedConfig):
     """Write what a bound allows, predict a few rows again, and go on; or sets by the chain rule."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -66,43 +67,12 @@ class JointConfig(CompositionConfig):
     chain rule ("quota"); or the prefix of such a set within `gamma` ("eb") or of tokens that reach
     `threshold` ("threshold"). Default: "rounds", and "quota" where the request says
     `tokens_per_step` or `steps`, or `remask`."""
-    bound: Rule = "threshold"
-    """What may be written from one prediction under `commit` "rounds" and "drafts": all
-    tokens of probability `threshold`, or the most probable one where there is none; or as many as
-    `gamma` allows ("entropy", the rule of `eb`)."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Least probability of a token that is written together with others."""
-    gamma: Annotated[float, Field(ge=0)] = 0.01
-    """Bound on `sum H - max H` of the tokens written from one prediction, nats."""
-    rounds: Annotated[int, Field(ge=0, le=64)] = 1
-    """Partial predictions in a step under `commit` "rounds"."""
-    pool: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Positions that such a round predicts again, the surest of the block."""
-    trust: Annotated[float, Field(ge=0)] = 0.5
-    """Entropy of the surest position left up to which a round is run, and then writes, nats; above
-    it the next step decides."""
-    drafts: Annotated[int, Field(ge=0, le=16)] = 3
-    """Next steps that a step drafts under `commit` "drafts". Its wide pass has the rows of `drafts`
-    + 1 whole states."""
-    slack: Annotated[float, Field(ge=0)] | None = 0.1
-    """Entropy by which a draft's least sure position may exceed that of what the bound would write,
-    nats; null where it has to be that very set, which gives the tokens of `drafts` 0 in fewer
-    steps."""
     multiple: Annotated[float, Field(ge=1, le=1e6)] = 2.0
     """Positions that a chain chooses from, as a multiple of the tokens due; the surest."""
     certain: Annotated[float, Field(gt=0, le=1)] = CERTAIN
     """Probability from which a position joins a chain without a round of its own."""
-
-    def drafting(self) -> Drafting:
-        """What `commit` "drafts" is set to."""
-        return Drafting(drafts=self.drafts, slack=self.slack)
-
-    def allowed(self) -> Bound:
-        """What `commit` "rounds" is set to, whose bound "drafts" has too."""
-        limit = self.threshold if self.bound == "threshold" else self.gamma
-        return Bound(
-            rule=self.bound, limit=limit, pool=self.pool, rounds=self.rounds, trust=self.trust
-        )
 
     @property
     def adapts(self) -> bool:
@@ -132,10 +102,8 @@ class JointPolicy(Policy[JointConfig]):
 
     def rows_ahead(self, *, masks: int, quota: int, length: int) -> int:
         """The rounds over the pool, the drafted states, or the chain's."""
-        if self.config.commit == "drafts":
-            return drafted_rows(length, self.config.drafts)
         if self.config.adapts:
-            return bounded_rows(masks, self.config.rounds)
+            return self.config.bounded_rows(masks=masks, length=length)
         due = self.config.most_due(masks, quota)
         return chain_rows(pool_size(masks, due, self.config.multiple), due)
 

@@ -24,9 +24,9 @@ full always: whoever is finished makes room for the next.
 
 Left out: what a policy computes beside passes (attention that it reads, distributions that it
 compares), and that a look-ahead of other policies runs many states in one pass, which a cell counts
-one by one. The
-vocabulary's products are taken over half of the masked rows at the start, the mean of a canvas that
-is written evenly, and over all rows where the policy wants predictions of what is written.
+one by one. The vocabulary's products are taken over half of the masked rows at the start, the mean
+of a canvas that is written evenly, and over all rows where the policy wants predictions of what is
+written.
 """
 
 from __future__ import annotations
